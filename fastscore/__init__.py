@@ -1,0 +1,1 @@
+"""Guided speech diffusion from a frozen classifier."""
