@@ -51,9 +51,10 @@ def save_checkpoint(
 ) -> None:
     """Write tensors and their JSON-ready configuration to a safetensors file, atomically.
 
-    ``dtype`` ("float16", "bfloat16", "float32" or None to keep each tensor's own) is the storage type
-    of floating-point tensors. Equal input gives equal bytes. Raises ValueError on an unknown dtype, a
-    value that overflows it, a configuration JSON cannot hold, or a path that cannot be written.
+    ``dtype`` ("float16", "bfloat16", "float32" or None to keep each tensor's own) is the storage
+    type of floating-point tensors. Equal input gives equal bytes. Raises ValueError on an unknown
+    dtype, a value that overflows it, a configuration JSON cannot hold, or a path that cannot be
+    written.
     """
     import safetensors.torch
 
@@ -74,7 +75,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: str | os.PathLike[str], kind: str | None = None, upcast: bool = True
 ) -> Checkpoint:
-    """Read a checkpoint; float16 and bfloat16 tensors come back as float32 unless ``upcast`` is off.
+    """Read a checkpoint; float16 and bfloat16 tensors become float32 unless ``upcast`` is off.
 
     Raises ValueError, in one sentence, when the file is missing, empty, truncated, not safetensors,
     not written by fastscore, of a newer version, or of another kind than ``kind``.
@@ -87,13 +88,13 @@ def load_checkpoint(
     names = [name for name in header if name != "__metadata__"]
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is a safetensors file that fastscore did not write ({_describe(names, metadata)}); "
-            "convert it first or choose a fastscore checkpoint"
+            f"{path} is a safetensors file that fastscore did not write "
+            f"({_describe(names, metadata)}); convert it or choose a fastscore checkpoint"
         )
     if metadata.get("version") != VERSION:
         raise ValueError(
-            f"{path} has checkpoint version {metadata.get('version')}, this fastscore reads version "
-            f"{VERSION}; update fastscore"
+            f"{path} has checkpoint version {metadata.get('version')}, this fastscore reads "
+            f"version {VERSION}; update fastscore"
         )
     if kind is not None and metadata.get("kind") != kind:
         raise ValueError(
@@ -126,8 +127,8 @@ def load_into(
             raise ValueError(f"{path} lacks the tensor {name!r} that {owner} needs")
         if tensors[name].shape != tensor.shape:
             raise ValueError(
-                f"{path}: tensor {name!r} has shape {tuple(tensors[name].shape)}, but {owner} needs "
-                f"{tuple(tensor.shape)}"
+                f"{path}: tensor {name!r} has shape {tuple(tensors[name].shape)}, but {owner} "
+                f"needs {tuple(tensor.shape)}"
             )
     for name in tensors:
         if name not in state:
@@ -136,12 +137,13 @@ def load_into(
 
 
 def require_config(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
-    """Raise ValueError naming the first key whose value in the checkpoint differs from ``expected``."""
+    """Raise ValueError naming the first key at which the checkpoint's configuration differs."""
     difference = first_difference(checkpoint.config, expected)
     if difference is not None:
         key, stored, wanted = difference
         raise ValueError(
-            f"{checkpoint.path or 'checkpoint'}: {key} is {stored} in the file, but {wanted} is needed"
+            f"{checkpoint.path or 'checkpoint'}: {key} is {stored} in the file, but {wanted} is "
+            "needed"
         )
 
 
@@ -181,14 +183,14 @@ def _stored(name: str, tensor: Tensor, dtype: str | None, path: Any) -> Tensor:
     cast = tensor.to(STORAGE_DTYPES[dtype])
     if bool((cast.isinf() & tensor.isfinite()).any()):
         raise ValueError(
-            f"cannot write {path}: tensor {name!r} reaches {tensor.abs().max():.3g}, which overflows "
-            f"{dtype}; store it as float32"
+            f"cannot write {path}: tensor {name!r} reaches {tensor.abs().max():.3g}, which "
+            f"overflows {dtype}; store it as float32"
         )
     return cast
 
 
 def _canonical(data: bytes) -> bytes:
-    """The same safetensors file with a sorted header: the library's own order varies between runs."""
+    """The same safetensors file with a sorted header: the library's order varies between runs."""
     (size,) = struct.unpack("<Q", data[:8])
     header = json.dumps(
         json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")
@@ -212,7 +214,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     if not data:
         raise ValueError(f"{path} is empty; fetch or write it again")
     for signature, what in _SIGNATURES:
-        # the ninth byte of a safetensors file opens its JSON header; its first eight may be anything
+        # the ninth byte of a safetensors file opens its JSON header, the first eight are a length
         if data.startswith(signature) and data[8:9] != b"{":
             raise ValueError(
                 f"{path} is {what}, not a safetensors file; choose a .safetensors file"

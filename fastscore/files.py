@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it, synced to disk, when the block ends well.
+    """Yield a temporary path beside ``path`` that replaces it, synced, when the block ends well.
 
     The temporary name keeps the suffix of ``path``, so writers that go by it work. When the block
     raises, the temporary file is removed and ``path`` stays as it was. Raises ValueError when the

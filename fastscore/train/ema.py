@@ -15,7 +15,7 @@ def decay_at(step: int, decay: float) -> float:
 
 
 class Ema:
-    """Average of every floating-point tensor of a module's state; other tensors follow the module."""
+    """Average of every floating-point tensor of a module's state; others follow the module."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -36,7 +36,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the module the averaged weights inside the block, and its own back, to the bit, after."""
+        """Give the module the averaged weights in the block, and its own back, to the bit, after."""
         backup = {name: tensor.clone() for name, tensor in self._live.items()}
         try:
             _copy(self.average, self._live)

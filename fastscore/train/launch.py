@@ -26,6 +26,18 @@ def stream_seed(seed: int, step: int, rank: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed the default generators of the CPU and of ``device``.
+
+    What torch.manual_seed does beyond that costs half a millisecond a call where CUDA is built in
+    but not in use: it records a stack trace for each kind of device.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 def launch(accelerator: str, devices: int, precision: str) -> Fabric:
     """Fabric for one or several devices; under torchrun its process count replaces ``devices``.
 
@@ -97,14 +109,14 @@ def cpu_settings(num_threads: int | None) -> Iterator[None]:
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one interrupts."""
+    """Turns a first SIGINT or SIGTERM into a request to stop; a second one interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        # only the main thread may install handlers; a signal ignored on purpose (nohup) stays ignored
+        # only the main thread may install handlers; a signal ignored on purpose (nohup) stays so
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
@@ -123,7 +135,7 @@ class StopSignals:
         self.received = number
 
     def stop(self) -> None:
-        """Raise what an interrupted program raises: KeyboardInterrupt, or SystemExit(143) on SIGTERM."""
+        """Raise what interrupted programs raise: KeyboardInterrupt, or SystemExit(143) on SIGTERM."""
         if self.received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt

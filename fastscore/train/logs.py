@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +101,38 @@ class Events:
         self._writer.close()
 
 
-def progress_bar(name: str, step: int, steps: int, enabled: bool) -> Any:
-    """Progress bar over steps with the remaining time; in a log file it refreshes twice a minute."""
-    from tqdm import tqdm
+class Progress:
+    """Progress bar: remaining time, losses, steps and samples a second."""
 
-    return tqdm(
-        initial=step,
-        total=steps,
-        desc=name,
-        unit="it",
-        disable=not enabled,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-    )
+    def __init__(self, name: str, step: int, steps: int, samples: int, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        self._samples, self._first, self._start = samples, step, time.perf_counter()
+        self._bar = tqdm(
+            initial=step,
+            total=steps,
+            desc=name,
+            unit="it",
+            disable=not enabled,
+            dynamic_ncols=True,
+            # a log file gets a line twice a minute
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+
+    def update(self, values: dict[str, float]) -> None:
+        """Count one step and show its losses."""
+        if self._bar.disable:
+            return
+        losses = {k.removesuffix("/loss"): v for k, v in values.items() if k.endswith("/loss")}
+        shown = {name: f"{value:.4g}" for name, value in losses.items()}
+        taken = self._bar.n + 1 - self._first
+        rate = taken * self._samples / (time.perf_counter() - self._start)
+        self._bar.set_postfix(shown | {"samples/s": f"{rate:.3g}"}, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
 
 
 def _is_step(row: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -70,8 +71,19 @@ class RunRecord:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a run record as JSON, atomically."""
-    write_bytes(path, (json.dumps(record, indent=2) + "\n").encode())
+    """Write a run record as JSON, atomically; numbers that are not finite become null."""
+    text = json.dumps(_finite(record), indent=2, allow_nan=False)
+    write_bytes(path, f"{text}\n".encode())
+
+
+def device_name(device: torch.device) -> str:
+    """Marketing name of a GPU, or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown CPU"
 
 
 def peak_rss() -> int:
@@ -110,6 +122,12 @@ class EnergyCounter:
         for new, old, (_, span) in zip(now, self._last, self._readers, strict=True):
             self.joules += new - old if new >= old else new - old + span
         self._last = now
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _nvml_readers(devices: list[torch.device]) -> list[tuple[Callable[[], float], float]]:

@@ -44,7 +44,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _keep(path: Path) -> None:
-    """Make the present state the previous one; where links exist, ``path`` is there all the time."""
+    """Make the present state the previous one; with links, ``path`` is there all the time."""
     previous = previous_path(path)
     previous.unlink(missing_ok=True)
     try:
@@ -56,8 +56,8 @@ def _keep(path: Path) -> None:
 def read_state(path: Path) -> dict[str, Any] | None:
     """Newest readable state at ``path``, or None when there is none at all.
 
-    An unreadable newest state gives way, with a warning, to the one before it. Raises ValueError when
-    no stored state is readable.
+    An unreadable newest state gives way, with a warning, to the one before it. Raises ValueError
+    when no stored state is readable.
     """
     present = [p for p in (path, previous_path(path)) if p.exists()]
     errors = []
