@@ -99,9 +99,12 @@ class ClassifierConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(len(self.labels) >= 2, f"ClassifierConfig: {len(self.labels)} labels, need 2 or more")
         _require(
-            len(set(self.labels)) == len(self.labels), f"ClassifierConfig: labels repeat: {self.labels}"
+            len(self.labels) >= 2, f"ClassifierConfig: {len(self.labels)} labels, need 2 or more"
+        )
+        _require(
+            len(set(self.labels)) == len(self.labels),
+            f"ClassifierConfig: labels repeat: {self.labels}",
         )
         _require(
             len(self.channels) == len(self.blocks) > 0,
@@ -129,9 +132,9 @@ class ClassifierConfig:
 class SubnetConfig:
     """ScoreSubnet: which taps it reads, where it attends, and the width of its decoder."""
 
-    channels: tuple[int, ...] = (48, 80, 128)
+    channels: tuple[int, ...] = (32, 80, 128)
     blocks: tuple[int, ...] = (2, 2, 2)
-    attention: tuple[bool, ...] = (False, True, True)
+    attention: tuple[bool, ...] = (False, False, True)
     heads: int = 4
     groups: int = 8
     emb_dim: int = 128
@@ -156,6 +159,19 @@ class SubnetConfig:
         )
 
 
+# ``tiny`` trains on a laptop's CPU and ships; ``paper`` has the size and cost of the published model
+CLASSIFIERS = {
+    "tiny": ClassifierConfig(dropout=0.1),
+    "paper": ClassifierConfig(channels=(192, 208, 256), blocks=(4, 3, 1), emb_dim=256, dropout=0.1),
+}
+SUBNETS = {
+    "tiny": SubnetConfig(),
+    "paper": SubnetConfig(
+        channels=(144, 112, 112), blocks=(5, 2, 2), attention=(False, True, True), emb_dim=256
+    ),
+}
+
+
 @dataclass(frozen=True)
 class HifiGanConfig:
     """HiFi-GAN generator (Kong et al. 2020), with the field names of the upstream config.json."""
@@ -173,7 +189,8 @@ class HifiGanConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.resblock in ("1", "2"), f"HifiGanConfig: resblock {self.resblock!r} must be '1' or '2'"
+            self.resblock in ("1", "2"),
+            f"HifiGanConfig: resblock {self.resblock!r} must be '1' or '2'",
         )
         _require(
             len(self.upsample_rates) == len(self.upsample_kernel_sizes),
@@ -189,23 +206,50 @@ class HifiGanConfig:
 
 @dataclass(frozen=True)
 class SpectralVocoderConfig:
-    """Compact generator: ConvNeXt blocks at the frame rate and an inverse-STFT head (after Vocos)."""
+    """Compact generator: ConvNeXt blocks and an inverse-STFT head over two sources (after Vocos)."""
 
     mel: MelConfig = MelConfig()
     dim: int = 192
     hidden: int = 576
-    blocks: int = 5
+    blocks: int = 3
     kernel_size: int = 7
-    n_fft: int = 1024
-    hop_length: int = 256
+    # blocks at the head's frame rate
+    fine_dim: int = 160
+    fine_hidden: int = 320
+    fine_blocks: int = 3
+    # short-time spectrum of the head
+    n_fft: int = 512
+    hop_length: int = 128
+    # fundamental frequency, in Hz, as a choice among log-spaced bins
+    pitch_dim: int = 96
+    pitch_bins: int = 96
+    pitch_min: float = 50.0
+    pitch_max: float = 550.0
 
     def __post_init__(self) -> None:
         _require(
-            self.mel.hop_length % self.hop_length == 0,
+            self.hop_length > 0 and self.mel.hop_length % self.hop_length == 0,
             f"SpectralVocoderConfig: Mel hop_length {self.mel.hop_length} must be a multiple of the "
             f"head's hop_length {self.hop_length}",
         )
-        _require(self.kernel_size % 2 == 1, f"kernel_size {self.kernel_size} must be odd")
+        _require(
+            self.n_fft % (2 * self.hop_length) == 0,
+            f"SpectralVocoderConfig: n_fft {self.n_fft} must be a multiple of twice the head's "
+            f"hop_length {self.hop_length}",
+        )
+        _require(
+            self.kernel_size % 2 == 1,
+            f"SpectralVocoderConfig: kernel_size {self.kernel_size} must be odd",
+        )
+        _require(
+            0 < self.pitch_min < self.pitch_max < self.mel.sample_rate / 4,
+            f"SpectralVocoderConfig: pitch_min {self.pitch_min} Hz and pitch_max {self.pitch_max} Hz "
+            f"must be in that order, positive and below a quarter of {self.mel.sample_rate} Hz",
+        )
+        _require(
+            self.pitch_bins >= 8,
+            f"SpectralVocoderConfig: pitch_bins {self.pitch_bins}, need 8 or more",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -225,7 +269,9 @@ def from_dict(cls: type[T], values: Any) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
+        raise ValueError(
+            f"{cls.__name__}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}"
+        )
     hints = typing.get_type_hints(cls)
     built = {k: _typed(hints[k], v, f"{cls.__name__}.{k}") for k, v in values.items()}
     try:

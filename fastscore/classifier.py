@@ -1,0 +1,87 @@
+"""Noise-conditioned speech classifier over normalised log-Mels, with named feature taps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastscore.config import ClassifierConfig
+from fastscore.layers import NoiseEmbedding, NormAct, ResBlock
+
+
+class Stage(nn.Module):
+    """One resolution: a strided convolution in (except at the first), then residual blocks."""
+
+    def __init__(self, config: ClassifierConfig, index: int) -> None:
+        super().__init__()
+        width = config.channels[index]
+        self.down = (
+            nn.Conv2d(config.channels[index - 1], width, 3, stride=2, padding=1) if index else None
+        )
+        self.blocks = nn.ModuleList(
+            ResBlock(width, config.groups, config.emb_dim, config.dropout)
+            for _ in range(config.blocks[index])
+        )
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """Map the previous stage's tap to this stage's."""
+        if self.down is not None:
+            h = self.down(h)
+        for block in self.blocks:
+            h = block(h, emb)
+        return h
+
+
+class Classifier(nn.Module):
+    """Residual classifier f(c_in x, c_noise) -> logits with one tap a stage (design.md section 2).
+
+    It is split at its shallowest tap: ``lower`` maps the input to that tap and ``upper`` maps the tap
+    to the logits, so that gradient taps never cost a pass below it. Any module with ``config``,
+    ``embed``, ``lower`` and ``upper`` of these signatures can take its place.
+    """
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, last = config.channels[0], config.channels[-1]
+        self.embedding = NoiseEmbedding(config.emb_dim)
+        self.stem = nn.Conv2d(config.patch**2, width, 3, padding=1)
+        # convolutions are blind to absolute pitch; a Mel band's place is what tells a vowel
+        self.band = nn.Parameter(torch.zeros(1, width, config.n_mels // config.patch, 1))
+        self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.channels)))
+        self.norm = NormAct(last, config.groups)
+        self.head = nn.Linear(last, len(config.labels))
+
+    def embed(self, c_noise: Tensor) -> Tensor:
+        """Noise embedding, [B] -> [B, emb_dim]."""
+        return self.embedding(c_noise)
+
+    def lower(self, x: Tensor, emb: Tensor) -> Tensor:
+        """Input to shallowest tap, [B, 1, n_mels, frames] -> [B, C_1, n_mels / patch, frames / patch]."""
+        h = self.stem(F.pixel_unshuffle(x, self.config.patch))
+        # cast, or autocast's bf16 activations would be promoted to fp32 from here on
+        return self.stages[0](h + self.band.to(h.dtype), emb)
+
+    def upper(
+        self, h: Tensor, emb: Tensor, perturb: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Shallowest tap to logits [B, K] and all taps, shallowest first.
+
+        ``perturb`` holds one tensor a tap, added to it: at zero, derivatives with respect to the
+        perturbations are the gradient taps (design.md section 3).
+        """
+        taps = []
+        for i, stage in enumerate(self.stages):
+            if i:
+                h = stage(h, emb)
+            if perturb is not None:
+                h = h + perturb[i]
+            taps.append(h)
+        pooled = self.norm(h).mean(dim=(2, 3))
+        return self.head(pooled), tuple(taps)
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        """Logits [B, K] of scaled inputs x = c_in (x0 + sigma eps) [B, 1, n_mels, frames], c_noise [B]."""
+        emb = self.embed(c_noise)
+        return self.upper(self.lower(x, emb), emb)[0]

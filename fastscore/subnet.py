@@ -1,0 +1,143 @@
+"""ScoreSubnet: a small decoder that reads a frozen classifier's taps and predicts the score."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from fastscore_kernels import tap_fuse, tap_norm
+from torch import Tensor, nn
+
+from fastscore.config import ClassifierConfig, SubnetConfig
+from fastscore.layers import NoiseEmbedding, NormAct, ResBlock, zero_init
+
+
+class TapFusion(nn.Module):
+    """Normalise one scale's taps and fuse them by attention (design.md section 2).
+
+    feature, gradient [B, C_tap, H, W] -> fused [B, C, H, W] and log RMS of the gradient [B] fp32.
+    The features query the tokens of every tap in use; with one tap switched off only the other's
+    tokens are attended, and with features off the gradient tap queries itself.
+    """
+
+    def __init__(
+        self, config: SubnetConfig, index: int, tap_channels: int, tap_groups: int
+    ) -> None:
+        super().__init__()
+        width = config.channels[index]
+        self.heads, self.groups = config.heads, tap_groups
+        self.spatial = config.attention[index]
+        self.use_feature, self.use_gradient = config.feature_taps, config.gradient_taps
+        self.feature_weight = nn.Parameter(torch.ones(tap_channels))
+        self.feature_bias = nn.Parameter(torch.zeros(tap_channels))
+        self.gradient_weight = nn.Parameter(torch.ones(tap_channels))
+        self.gradient_bias = nn.Parameter(torch.zeros(tap_channels))
+        self.query = nn.Conv2d(tap_channels, width, 1)
+        taps_in_use = int(self.use_feature) + int(self.use_gradient)
+        self.key_value = nn.ModuleList(
+            nn.Conv2d(tap_channels, 2 * width, 1) for _ in range(taps_in_use)
+        )
+        self.skip = nn.Conv2d(taps_in_use * tap_channels, width, 1)
+        self.out = zero_init(nn.Conv2d(width, width, 1))
+
+    def forward(self, feature: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Fuse the taps of one scale."""
+        f, g, log_rms = tap_norm(
+            feature,
+            gradient,
+            self.groups,
+            self.feature_weight,
+            self.feature_bias,
+            self.gradient_weight,
+            self.gradient_bias,
+        )
+        taps = [t for t, used in ((f, self.use_feature), (g, self.use_gradient)) if used]
+        q = self.query(taps[0]).flatten(2)
+        kv = torch.stack(
+            [m(t).flatten(2) for m, t in zip(self.key_value, taps, strict=True)], dim=1
+        )
+        k, v = kv.chunk(2, dim=2)
+        fused = tap_fuse(q, k, v, self.heads, self.spatial)
+        fused = fused.reshape(q.shape[0], q.shape[1], *feature.shape[2:])
+        return self.skip(torch.cat(taps, dim=1)) + self.out(fused), log_rms
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling after a 1x1 projection to the next width, then a 3x3 convolution."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels_in, channels_out, 1)
+        self.conv = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, 2 H, 2 W]."""
+        return self.conv(F.interpolate(self.proj(x), scale_factor=2.0, mode="nearest"))
+
+
+class ScoreSubnet(nn.Module):
+    """Decoder over feature and gradient taps (Makarov and Gerkmann 2026, arXiv 2606.20457).
+
+    It returns the raw network output S of the EDM preconditioning, [B, 1, n_mels, frames]; the
+    denoiser turns it into x0. The noise embedding also carries log RMS of every gradient tap, since
+    normalisation removes it and it tells how sure the classifier is.
+    """
+
+    def __init__(self, config: SubnetConfig, classifier: ClassifierConfig) -> None:
+        super().__init__()
+        if len(config.channels) != len(classifier.channels):
+            raise ValueError(
+                f"ScoreSubnet: {len(config.channels)} scales for a classifier with "
+                f"{len(classifier.channels)} taps; give channels one entry a tap"
+            )
+        self.config = config
+        self.patch = classifier.patch
+        scales = range(len(config.channels))
+        self.embedding = NoiseEmbedding(config.emb_dim)
+        self.magnitude = zero_init(nn.Linear(len(config.channels), config.emb_dim))
+        self.stem = nn.Conv2d(classifier.patch**2, config.channels[0], 3, padding=1)
+        self.band = nn.Parameter(
+            torch.zeros(1, config.channels[0], classifier.n_mels // classifier.patch, 1)
+        )
+        self.fusion = nn.ModuleList(
+            TapFusion(config, i, classifier.channels[i], classifier.groups) for i in scales
+        )
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                ResBlock(config.channels[i], config.groups, config.emb_dim, config.dropout)
+                for _ in range(config.blocks[i])
+            )
+            for i in scales
+        )
+        self.up = nn.ModuleList(
+            Upsample(config.channels[i], config.channels[i - 1]) for i in scales if i
+        )
+        self.norm = NormAct(config.channels[0], config.groups)
+        self.out = zero_init(nn.Conv2d(config.channels[0], classifier.patch**2, 3, padding=1))
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        features: tuple[Tensor, ...],
+        gradients: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Raw output S(c_in x, c_noise, {h_l}, {g_l}), shaped as x [B, 1, n_mels, frames]."""
+        fused, log_rms = zip(
+            *(m(f, g) for m, f, g in zip(self.fusion, features, gradients, strict=True)),
+            strict=True,
+        )
+        emb = self.embedding(c_noise)
+        if self.config.gradient_taps:
+            # log RMS lies between about -20 and 0: a tenth of it is of order one
+            emb = emb + self.magnitude(torch.stack(log_rms, dim=1).to(emb.dtype) * 0.1)
+        h = fused[-1]
+        for i in reversed(range(len(self.stages))):
+            if i == 0:
+                h = h + self.stem(F.pixel_unshuffle(x, self.patch))
+                # cast, or autocast's bf16 activations would be promoted to fp32 from here on
+                h = h + self.band.to(h.dtype)
+            for block in self.stages[i]:
+                h = block(h, emb)
+            if i:
+                h = self.up[i - 1](h) + fused[i - 1]
+        return F.pixel_shuffle(self.out(self.norm(h)), self.patch)

@@ -1,0 +1,69 @@
+"""Feature taps, gradient taps and the guidance gradient by functional vector-Jacobian products.
+
+One definition of the classifier serves all: no autograd graph is held, and the classifier's parameters
+receive no gradient. Nothing below the shallowest tap is differentiated unless guidance asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastscore.classifier import Classifier
+
+
+class Taps(NamedTuple):
+    """What one forward pass and one or two vector-Jacobian products of a classifier yield.
+
+    logits [B, K]; features and gradients, one [B, C_l, H_l, W_l] a tap, shallowest first;
+    guidance = grad_x log p(y|x) [B, 1, n_mels, frames], None when unguided.
+    """
+
+    logits: Tensor
+    features: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    guidance: Tensor | None
+
+
+def read_taps(
+    classifier: Classifier, x: Tensor, c_noise: Tensor, label: Tensor | None = None
+) -> Taps:
+    """Read all taps of ``classifier`` at scaled inputs x [B, 1, n_mels, frames], c_noise [B].
+
+    Gradient taps are g_l = d logsumexp(f) / d h_l = J_l^T softmax(f) (Grathwohl et al. 2020, JEM).
+    With ``label`` [B] int64 the guidance gradient J_x^T (e_y - softmax(f)) is computed from the same
+    forward pass, with respect to the scaled input; a label of -1 yields zero for its sample.
+    """
+    emb = classifier.embed(c_noise)
+    pull_lower = None
+    if label is None:
+        h = classifier.lower(x, emb)
+    else:
+        h, pull_lower = torch.func.vjp(lambda t: classifier.lower(t, emb), x)
+    zeros = _zero_perturbations(classifier, h)
+    logits, pull_upper, features = torch.func.vjp(
+        lambda *perturb: classifier.upper(h, emb, perturb), *zeros, has_aux=True
+    )
+    p = logits.float().softmax(dim=1)
+    gradients = pull_upper(p.to(logits.dtype))
+    guidance = None
+    if label is not None and pull_lower is not None:
+        classes = torch.arange(logits.shape[1], device=label.device)
+        cotangent = (classes == label[:, None]).float() - p
+        cotangent = cotangent * (label >= 0).float()[:, None]
+        # the perturbation of the shallowest tap carries the whole cotangent that reaches it
+        (guidance,) = pull_lower(pull_upper(cotangent.to(logits.dtype))[0])
+    return Taps(logits, features, gradients, guidance)
+
+
+def _zero_perturbations(classifier: Classifier, h: Tensor) -> list[Tensor]:
+    """Zeros of every tap's shape, given the shallowest tap h."""
+    b, _, height, width = h.shape
+    return [
+        torch.zeros(b, c, height >> i, width >> i, dtype=h.dtype, device=h.device).to(
+            memory_format=torch.channels_last
+        )
+        for i, c in enumerate(classifier.config.channels)
+    ]
