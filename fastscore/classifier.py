@@ -34,11 +34,11 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Residual classifier f(c_in x, c_noise) -> logits with one tap a stage (design.md section 2).
+    """Residual classifier f(c_in x, c_noise) -> logits, with one tap a stage.
 
-    It is split at its shallowest tap: ``lower`` maps the input to that tap and ``upper`` maps the tap
-    to the logits, so that gradient taps never cost a pass below it. Any module with ``config``,
-    ``embed``, ``lower`` and ``upper`` of these signatures can take its place.
+    It is split at its shallowest tap: ``lower`` maps the input to that tap and ``upper`` maps the
+    tap to the logits, so that gradient taps never cost a pass below it. Any module with
+    ``config``, ``embed``, ``lower`` and ``upper`` of these signatures can take its place.
     """
 
     def __init__(self, config: ClassifierConfig) -> None:
@@ -58,7 +58,7 @@ class Classifier(nn.Module):
         return self.embedding(c_noise)
 
     def lower(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Input to shallowest tap, [B, 1, n_mels, frames] -> [B, C_1, n_mels / patch, frames / patch]."""
+        """Shallowest tap [B, C_1, n_mels / patch, frames / patch] of x [B, 1, n_mels, frames]."""
         h = self.stem(F.pixel_unshuffle(x, self.config.patch))
         # cast, or autocast's bf16 activations would be promoted to fp32 from here on
         return self.stages[0](h + self.band.to(h.dtype), emb)
@@ -69,7 +69,7 @@ class Classifier(nn.Module):
         """Shallowest tap to logits [B, K] and all taps, shallowest first.
 
         ``perturb`` holds one tensor a tap, added to it: at zero, derivatives with respect to the
-        perturbations are the gradient taps (design.md section 3).
+        perturbations are the gradient taps.
         """
         taps = []
         for i, stage in enumerate(self.stages):
@@ -82,6 +82,6 @@ class Classifier(nn.Module):
         return self.head(pooled), tuple(taps)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Logits [B, K] of scaled inputs x = c_in (x0 + sigma eps) [B, 1, n_mels, frames], c_noise [B]."""
+        """Logits [B, K] of x = c_in (x0 + sigma eps) [B, 1, n_mels, frames] and c_noise [B]."""
         emb = self.embed(c_noise)
         return self.upper(self.lower(x, emb), emb)[0]

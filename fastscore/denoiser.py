@@ -39,10 +39,11 @@ def score_from_denoised(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
 
 
 class TapDenoiser(nn.Module):
-    """Denoiser over a frozen classifier's taps, classifier-guided on request (design.md section 2).
+    """Denoiser over a frozen classifier's taps, classifier-guided on request.
 
     D(x, sigma) = c_skip x + c_out S(c_in x, c_noise, taps), and when guided
-    D_gamma = D + gamma sigma^2 grad_x log p(y|x). Inputs and outputs are fp32 whatever the inner dtype.
+    D_gamma = D + gamma sigma^2 grad_x log p(y|x). Inputs and outputs are fp32 whatever the inner
+    dtype.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Building blocks the classifier and ScoreSubnet share: noise embedding, norm + FiLM, residual block."""
+"""Blocks that classifier and ScoreSubnet share: noise embedding, norm with FiLM, residual block."""
 
 from __future__ import annotations
 

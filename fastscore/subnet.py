@@ -12,7 +12,7 @@ from fastscore.layers import NoiseEmbedding, NormAct, ResBlock, zero_init
 
 
 class TapFusion(nn.Module):
-    """Normalise one scale's taps and fuse them by attention (design.md section 2).
+    """Normalise one scale's taps and fuse them by attention.
 
     feature, gradient [B, C_tap, H, W] -> fused [B, C, H, W] and log RMS of the gradient [B] fp32.
     The features query the tokens of every tap in use; with one tap switched off only the other's
@@ -62,7 +62,7 @@ class TapFusion(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling after a 1x1 projection to the next width, then a 3x3 convolution."""
+    """1x1 projection to the next width, nearest-neighbour doubling, 3x3 convolution."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()

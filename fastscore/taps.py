@@ -1,7 +1,8 @@
 """Feature taps, gradient taps and the guidance gradient by functional vector-Jacobian products.
 
-One definition of the classifier serves all: no autograd graph is held, and the classifier's parameters
-receive no gradient. Nothing below the shallowest tap is differentiated unless guidance asks for it.
+One definition of the classifier serves all: no autograd graph is held, and the classifier's
+parameters receive no gradient. Nothing below the shallowest tap is differentiated unless guidance
+asks for it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def read_taps(
     """Read all taps of ``classifier`` at scaled inputs x [B, 1, n_mels, frames], c_noise [B].
 
     Gradient taps are g_l = d logsumexp(f) / d h_l = J_l^T softmax(f) (Grathwohl et al. 2020, JEM).
-    With ``label`` [B] int64 the guidance gradient J_x^T (e_y - softmax(f)) is computed from the same
-    forward pass, with respect to the scaled input; a label of -1 yields zero for its sample.
+    With ``label`` [B] int64 the guidance gradient J_x^T (e_y - softmax(f)) is computed from the
+    same forward pass, with respect to the scaled input; a label of -1 yields zero for its sample.
     """
     emb = classifier.embed(c_noise)
     pull_lower = None

@@ -1,4 +1,4 @@
-"""Plain PyTorch semantics of every operation, with fp32 statistics; the yardstick for fast backends.
+"""Plain PyTorch semantics of every operation, statistics in fp32: what other backends must equal.
 
 Nothing here imports fastscore: the operations know tensors only.
 """
@@ -21,7 +21,7 @@ def norm_act(
 ) -> Tensor:
     """Group normalisation with affine, optional FiLM, optional SiLU.
 
-    x [B, C, H, W]; weight, bias [C]; scale, shift [B, C] or None. Returns [B, C, H, W] in x's dtype:
+    x [B, C, H, W]; weight, bias [C]; scale, shift [B, C] or None. Returns, in x's dtype,
     act((1 + scale) * (weight * (x - mean) / sqrt(var + eps) + bias) + shift), statistics in fp32
     (Wu and He 2018; Perez et al. 2018).
     """
@@ -53,7 +53,7 @@ def tap_norm(
     gradient_bias: Tensor,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise a feature tap and its gradient tap (design.md section 2).
+    """Normalise a feature tap and its gradient tap.
 
     feature, gradient [B, C, H, W]; weights and biases [C]. The gradient is first divided by its
     per-sample RMS, since its magnitude spans many decades over sigma, then both taps are
@@ -77,10 +77,10 @@ def _per_channel(p: Tensor) -> Tensor:
 def tap_fuse(q: Tensor, k: Tensor, v: Tensor, heads: int, spatial: bool) -> Tensor:
     """Attention of feature queries over the tokens of L taps.
 
-    q [B, C, N]; k, v [B, L, C, N] for L taps of N positions each. With ``spatial`` every query attends
-    to all L * N tokens; without, to the L tokens of its own position only, so that it weighs one tap
-    against the other. Softmax in fp32 over scaled dot products (Vaswani et al. 2017). Returns
-    [B, C, N] in q's dtype.
+    q [B, C, N]; k, v [B, L, C, N] for L taps of N positions each. With ``spatial`` every query
+    attends to all L * N tokens; without, to the L tokens of its own position only, so that it
+    weighs one tap against the other. Softmax over scaled dot products (Vaswani et al. 2017).
+    Returns [B, C, N] in q's dtype.
     """
     b, c, n = q.shape
     taps = k.shape[1]

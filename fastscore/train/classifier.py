@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastscore.checkpoint import save_checkpoint
+from fastscore.checkpoint import Checkpoint, load_into, save_checkpoint
 from fastscore.classifier import Classifier
 from fastscore.config import ClassifierConfig, MelConfig, MelSpace, SigmaRange, to_dict
 from fastscore.data import MelSet
@@ -20,7 +20,7 @@ VALIDATION_SIGMAS = (0.02, 0.3, 1.0, 3.0)
 
 
 class ClassifierTask:
-    """Cross-entropy of the label on x0 + sigma eps, sigma log-normal (design.md section 2)."""
+    """Cross-entropy of the label on x0 + sigma eps, sigma log-normal; ``initial`` is fine-tuned."""
 
     name = "classifier"
     ema = ("classifier",)
@@ -35,6 +35,7 @@ class ClassifierTask:
         batch_size: int,
         levels: NoiseLevels | None = None,
         augment: MelAugment | None = None,
+        initial: Checkpoint | None = None,
         compiled: bool = False,
     ) -> None:
         self.levels = levels or NoiseLevels(log_mean=-0.4, log_std=1.6)
@@ -43,6 +44,8 @@ class ClassifierTask:
         self.train = MelBatches(train, space, augment)
         self.validation = MelBatches(validation, space)
         model = Classifier(config).to(memory_format=torch.channels_last)
+        if initial is not None:
+            load_into(model, initial.tensors, initial.path or "the initial classifier")
         if compiled:
             model.compile(fullgraph=True)
         self.trained: dict[str, nn.Module] = {"classifier": model}
@@ -52,6 +55,7 @@ class ClassifierTask:
             "levels": to_dict(self.levels),
             "augment": to_dict(augment),
             "clips": len(train),
+            "initial": initial and str(initial.path),
         }
 
     def batch(self, step: int, rng: torch.Generator, rank: int, world: int) -> dict[str, Tensor]:

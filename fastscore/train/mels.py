@@ -1,4 +1,4 @@
-"""Batches of normalised log-Mels with time shifts and gains, and noise levels to corrupt them with."""
+"""Batches of normalised log-Mels, shifted and scaled at random, and noise levels for them."""
 
 from __future__ import annotations
 

@@ -24,10 +24,11 @@ VALIDATION_SIGMAS = (0.05, 0.2, 0.7, 2.0, 8.0)
 
 
 class ScoreTask:
-    """EDM-weighted denoising score matching, E[lambda |D(x0 + sigma eps) - x0|^2] (Karras et al. 2022).
+    """Denoising score matching with EDM weights: E[lambda |D(x0 + sigma eps) - x0|^2].
 
-    With lambda = 1 / c_out^2 it is the mean squared error of ScoreSubnet's raw output against
-    (x0 - c_skip x) / c_out. The classifier is frozen: no gradient reaches it or its taps.
+    With lambda = 1 / c_out^2 (Karras et al. 2022, section 5) it is the mean squared error of
+    ScoreSubnet's raw output against (x0 - c_skip x) / c_out. The classifier is frozen: no gradient
+    reaches it or its taps.
     """
 
     name = "score"
