@@ -1,0 +1,302 @@
+"""Who may import whom. Data flows one way, and every module says here what it stands on."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+
+import pytest
+from imports import PACKAGES, ROOT, Import, all_imports, imports_of, source_files
+
+# Loaded only by the functions that need them: optional, slow to load, or both.
+LAZY_PACKAGES = {
+    "ctranslate2",
+    "faster_whisper",
+    "filelock",
+    "lightning_fabric",
+    "matplotlib",
+    "pynvml",
+    "scipy",
+    "speechmos",
+    "tensorboard",
+    "tokenizers",
+    "triton",
+}
+
+# A row a module: what it may import, the standard library apart. ".name" is fastscore.name,
+# "kernels" is fastscore_kernels; what stands after "|" may only be imported inside functions or for
+# annotations. A new module gets its row here, as high up as what it imports allows.
+TABLE = """
+fastscore                            |
+fastscore.config                     |
+fastscore.files                      |
+fastscore.audio_files                |
+fastscore.sde                        numpy .config |
+fastscore.plans                      .sde |
+fastscore.noise                      torch |
+fastscore.solver                     torch .config .noise .sde |
+fastscore.samplers                   torch .config .noise .plans .sde .solver |
+fastscore.checkpoint                 torch .files | safetensors
+fastscore.cache                      numpy tqdm |
+fastscore.folders                    .config | torchaudio
+fastscore.audio                      numpy torch torchaudio soundfile .audio_files .config |
+fastscore.data                       numpy torch .audio .cache .config .folders |
+fastscore_kernels.reference          torch |
+fastscore_kernels                    kernels.reference |
+fastscore.layers                     torch kernels |
+fastscore.classifier                 torch .config .layers |
+fastscore.taps                       torch .classifier |
+fastscore.subnet                     torch kernels .config .layers |
+fastscore.denoiser                   torch .classifier .config .subnet .taps |
+fastscore.vocoder.spectral           numpy torch .config |
+fastscore.vocoder                    torch .checkpoint .config .vocoder.spectral |
+fastscore.metrics                    |
+fastscore.metrics.frechet            numpy |
+fastscore.metrics.rates              numpy |
+fastscore.metrics.scores             numpy |
+fastscore.metrics.spread             numpy torch | torchaudio
+fastscore.metrics.recogniser         numpy torch .config | torchaudio .checkpoint
+fastscore.train                      |
+fastscore.train.task                 torch |
+fastscore.train.ema                  torch |
+fastscore.train.augment              numpy torch |
+fastscore.train.pitch                numpy torch |
+fastscore.train.discriminators       torch |
+fastscore.train.launch               torch .files | filelock lightning_fabric
+fastscore.train.logs                 .files | torch tqdm
+fastscore.train.record               torch .files | pynvml
+fastscore.train.state                torch .checkpoint .files |
+fastscore.train.step                 torch .train.ema .train.launch .train.task | lightning_fabric
+fastscore.train.loop                 torch .config .train.launch .train.logs .train.record .train.state .train.step .train.task | lightning_fabric
+fastscore.train.mels                 numpy torch .config .data |
+fastscore.train.classifier           torch .checkpoint .classifier .config .data .denoiser .train.mels |
+fastscore.train.score                torch .checkpoint .classifier .config .data .denoiser .subnet .taps .train.mels |
+fastscore.train.vocoder_data         numpy torch .audio .config .train.pitch | .data
+fastscore.train.vocoder              torch .audio .config .train.discriminators .train.vocoder_data .vocoder .vocoder.spectral | .data
+fastscore.train.recogniser           numpy torch .audio .checkpoint .config .data .metrics.recogniser .train.augment |
+"""  # noqa: E501
+
+
+@dataclass(frozen=True)
+class Row:
+    always: frozenset[str]
+    lazily: frozenset[str]
+
+
+def _rows() -> dict[str, Row]:
+    rows = {}
+    for line in TABLE.strip().splitlines():
+        name, _, rest = line.partition(" ")
+        always, bar, lazily = rest.partition("|")
+        assert bar, f"row {name!r} has no '|'"
+        assert name not in rows, f"row {name!r} stands twice"
+        rows[name] = Row(*(frozenset(map(_full_name, part.split())) for part in (always, lazily)))
+    return rows
+
+
+def _full_name(word: str) -> str:
+    if word.startswith("."):
+        return f"fastscore{word}"
+    return f"fastscore_{word}" if word.partition(".")[0] == "kernels" else word
+
+
+ROWS = _rows()
+
+
+def _subject(imported: Import) -> str:
+    """What the table calls an import: our modules in full, others by package."""
+    return imported.target if imported.ours else imported.root
+
+
+def _violations(imports: list[Import]) -> list[str]:
+    broken = []
+    for i in imports:
+        row = ROWS.get(i.importer)
+        if row is None:
+            continue
+        subject = _subject(i)
+        allowed = row.always | row.lazily if i.lazy or i.typing else row.always
+        if subject not in allowed:
+            where = "inside a function " if i.lazy else ""
+            broken.append(f"{i.importer}, line {i.line}: may not {where}import {subject}")
+    return broken
+
+
+def _reachable(start: str, imports: list[Import], lazily: bool) -> set[str]:
+    """Everything ``start`` imports directly or through our own modules."""
+    edges = defaultdict(set)
+    for i in imports:
+        if not i.typing and (lazily or not i.lazy):
+            edges[i.importer].add(_subject(i))
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        new = edges[todo.pop()] - seen
+        seen |= new
+        todo += new
+    return seen
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[Import]:
+    return all_imports()
+
+
+def test_every_module_has_a_row_and_every_row_a_module():
+    modules = set(source_files())
+    missing, stale = sorted(modules - set(ROWS)), sorted(set(ROWS) - modules)
+    assert not missing, f"add a row to TABLE in tests/test_layering.py for {', '.join(missing)}"
+    assert not stale, f"remove the rows of absent modules from TABLE: {', '.join(stale)}"
+
+
+def test_imports_are_those_of_the_table(imports):
+    assert not _violations(imports)
+
+
+def test_table_allows_nothing_that_is_not_used(imports):
+    used = defaultdict(set)
+    for i in imports:
+        used[i.importer].add(_subject(i))
+    unused = {
+        name: sorted((row.always | row.lazily) - used[name])
+        for name, row in ROWS.items()
+        if (row.always | row.lazily) - used[name]
+    }
+    assert not unused
+
+
+def test_heavy_packages_are_imported_inside_functions_only(imports):
+    eager = [
+        f"{i.importer}, line {i.line}: {i.root}"
+        for i in imports
+        if i.root in LAZY_PACKAGES and not (i.lazy or i.typing)
+    ]
+    assert not eager
+    assert not {name for name, row in ROWS.items() if row.always & LAZY_PACKAGES}
+
+
+def test_modules_form_no_circle(imports):
+    for name in source_files():
+        assert name not in _reachable(name, imports, lazily=True), f"{name} imports itself"
+
+
+# Rules that no edit of the table may bend: what a module must not reach, even through others.
+MODELS = {"fastscore.classifier", "fastscore.taps", "fastscore.subnet", "fastscore.denoiser"}
+FORBIDDEN = {
+    "fastscore.config": {"torch", "numpy"},
+    "fastscore.sde": {"torch"},
+    "fastscore.plans": {"torch"},
+    "fastscore.samplers": MODELS | {"fastscore_kernels", "fastscore.checkpoint", "torchaudio"},
+    "fastscore.engine": MODELS | {"fastscore_kernels", "fastscore.vocoder"},
+    "fastscore.taps": {"fastscore.subnet", "fastscore.denoiser"},
+    "fastscore.subnet": {"fastscore.classifier", "fastscore.taps"},
+    "fastscore.audio": MODELS | {"fastscore_kernels"},
+    "fastscore.data": MODELS | {"fastscore_kernels"},
+}
+
+
+@pytest.mark.parametrize("module", [m for m in FORBIDDEN if m in ROWS])
+def test_what_a_module_must_not_reach(module, imports):
+    assert not FORBIDDEN[module] & _reachable(module, imports, lazily=True)
+
+
+def test_kernels_know_torch_and_triton_only(imports):
+    used = {_subject(i) for i in imports if i.importer.startswith("fastscore_kernels")}
+    ours = {name for name in used if name.startswith("fastscore_kernels")}
+    assert used - ours <= {"torch", "triton"}
+
+
+def test_only_the_train_package_is_above_training(imports):
+    """Sampling, judging and data work without the training code."""
+    users = {i.importer for i in imports if i.target.startswith("fastscore.train")}
+    outside = {u for u in users if not u.startswith("fastscore.train")}
+    assert outside <= {"fastscore.cli"}
+
+
+def test_nothing_imports_bench_or_tests(imports):
+    names = {p.stem for folder in ("bench", "tests") for p in (ROOT / folder).rglob("*.py")}
+    names |= {"bench", "tests", "pytest", "conftest"}
+    assert not [i for i in imports if i.root in names - set(PACKAGES.values())]
+    for path in (ROOT / "bench").rglob("*.py"):
+        roots = {i.root for i in imports_of(path, path.stem, set())}
+        assert not roots & {p.stem for p in (ROOT / "tests").glob("*.py")} - {"conftest"}
+
+
+SOURCE = """
+import os, torch
+from typing import TYPE_CHECKING
+from ..config import DIGITS
+from . import loop
+if TYPE_CHECKING:
+    from fastscore.data import MelSet
+else:
+    import numpy
+try:
+    import triton.language as tl
+except ImportError:
+    import scipy
+class A:
+    def f(self):
+        with open(os.devnull):
+            from torch.utils import tensorboard
+"""
+
+
+def test_imports_are_read_wherever_they_stand(tmp_path):
+    path = tmp_path / "mels.py"
+    path.write_text(SOURCE)
+    modules = {"fastscore.config", "fastscore.train.loop", "fastscore.data"}
+    found = imports_of(path, "fastscore.train.mels", modules)
+    assert [(i.target, i.lazy, i.typing) for i in found] == [
+        ("torch", False, False),
+        ("fastscore.config", False, False),
+        ("fastscore.train.loop", False, False),
+        ("fastscore.data", False, True),
+        ("numpy", False, False),
+        ("triton.language", False, False),
+        ("scipy", False, False),
+        ("torch.utils", True, False),
+    ]
+    broken = _violations(found)
+    assert any("may not import triton" in b for b in broken)
+    assert any("may not import scipy" in b for b in broken)
+    assert len(broken) == 3  # and the sibling that draws batches does not know
+
+
+def test_no_import_is_hidden_in_a_call():
+    """Names of modules in strings would escape the table."""
+    for name, path in source_files().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                dynamic = called.endswith("import_module") or called == "__import__"
+                assert not dynamic or name in {"fastscore"}, f"{name}, line {node.lineno}"
+
+
+PROBE = """
+import importlib, json, sys
+loaded = lambda: sorted({name.partition(".")[0] for name in sys.modules})
+import fastscore
+first = loaded()
+import torch, torchaudio
+framework = loaded()
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+print(json.dumps([first, framework, loaded(), torch.cuda.is_initialized()]))
+"""
+
+
+def test_importing_loads_nothing_heavy_and_starts_no_gpu():
+    modules = json.dumps(sorted(source_files()))
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE, modules], capture_output=True, text=True, check=True
+    )
+    first, framework, everything, cuda_started = json.loads(run.stdout)
+    heavy = LAZY_PACKAGES | {"lightning_utilities", "onnxruntime", "librosa", "pandas", "sklearn"}
+    # torch itself looks for some packages and loads them where they are installed
+    assert not set(first) & heavy - set(framework)
+    assert not set(first) & {"torchaudio", "soundfile", "matplotlib", "triton"}
+    assert not set(everything) & heavy - set(framework)
+    assert not cuda_started
