@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# as atomic_write names them
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}(\.[^.]*)?")
 
 
 @contextmanager
@@ -41,6 +45,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to ``path`` atomically; ValueError as in ``atomic_write``."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of writers that were killed; nobody may be writing in ``folder``."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

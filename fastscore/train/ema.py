@@ -36,7 +36,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the module the averaged weights in the block, and its own back, to the bit, after."""
+        """Give the module the averaged weights inside the block, and its own back, to the bit."""
         backup = {name: tensor.clone() for name, tensor in self._live.items()}
         try:
             _copy(self.average, self._live)

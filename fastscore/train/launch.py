@@ -9,9 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fastscore.files import remove_leftovers
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -108,6 +111,27 @@ def cpu_settings(num_threads: int | None) -> Iterator[None]:
         torch.set_flush_denormal(flushing)
 
 
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for one training; ValueError when another one is writing into it."""
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError as error:
+        raise ImportError("training needs filelock: pip install 'fastscore[train]'") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another training is writing into {folder}; wait for it or choose another folder"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror}; choose another") from error
+    with lock:
+        remove_leftovers(folder)
+        yield
+
+
 class StopSignals:
     """Turns a first SIGINT or SIGTERM into a request to stop; a second one interrupts at once."""
 
@@ -135,7 +159,7 @@ class StopSignals:
         self.received = number
 
     def stop(self) -> None:
-        """Raise what interrupted programs raise: KeyboardInterrupt, or SystemExit(143) on SIGTERM."""
+        """Raise what an interrupted program raises: KeyboardInterrupt, on SIGTERM SystemExit."""
         if self.received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt

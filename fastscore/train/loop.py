@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastscore.config import to_dict
-from fastscore.train.launch import StopSignals, cpu_settings, launch, seed_device, stream_seed
+from fastscore.train.launch import (
+    StopSignals,
+    cpu_settings,
+    launch,
+    seed_device,
+    sole_writer,
+    stream_seed,
+)
 from fastscore.train.logs import Events, Means, MetricsTable, Progress
 from fastscore.train.record import RunRecord, device_name, write_record
-from fastscore.train.state import check_state, read_state, write_state
+from fastscore.train.state import check_state, identity, read_state, write_state
 from fastscore.train.step import Batches, Stepper
 from fastscore.train.task import DivergenceError, LoopConfig, Task, check_task, learning_rate
 
@@ -47,6 +53,9 @@ def run(
     check_task(task)
     with cpu_settings(config.num_threads), ExitStack() as stack:
         fabric = launch(config.accelerator, config.devices, config.precision)
+        if fabric.is_global_zero:
+            stack.enter_context(sole_writer(Path(out)))
+        fabric.barrier()
         training = _Training(task, config, Path(out), fabric)
         stack.callback(training.close)
         training.restore(resume, extend)
@@ -59,6 +68,7 @@ class _Training:
     def __init__(self, task: Task, config: LoopConfig, out: Path, fabric: Fabric) -> None:
         self.task, self.config, self.out, self.fabric = task, config, out, fabric
         self.first = fabric.is_global_zero
+        self.identity = identity(task, config, fabric.world_size)
         self.step = 0
         self.means = Means()
         self.validation: dict[str, float] = {}
@@ -86,7 +96,7 @@ class _Training:
                 f"{self.out} already holds a training at step {state['step']}; resume it, delete "
                 "it, or choose another folder"
             )
-        check_state(state, self._identity(), path, extend)
+        check_state(state, self.identity, path, extend)
         self.stepper.load(state["stepper"])
         self.step, self.means = state["step"], Means(state["means"])
         self.validation, self.earlier = state["validation"], state["record"]
@@ -105,16 +115,7 @@ class _Training:
             "record": record,
             "stepper": self.stepper.state(),
         }
-        write_state(self.out / "state.ckpt", self._identity() | state)
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a stored training to be this one."""
-        return {
-            "task": self.task.name,
-            "task_config": self.task.config,
-            "loop": to_dict(self.config),
-            "world_size": self.fabric.world_size,
-        }
+        write_state(self.out / "state.ckpt", self.identity | state)
 
     def run(self, stop: StopSignals) -> dict[str, Any]:
         """Take all remaining steps; returns the run record."""
@@ -144,7 +145,6 @@ class _Training:
         )
         self._closing.append(self.progress.close)
         if self.first:
-            self.out.mkdir(parents=True, exist_ok=True)
             self.table = MetricsTable(self.out / "metrics.csv", self.step)
             self.events = Events(self.out / "tensorboard", self.step)
             self._closing.append(self.events.close)
@@ -225,8 +225,8 @@ class _Training:
             "precision": config.precision,
             "torch": str(torch.__version__),
             "parameters": {n: sum(p.numel() for p in ps) for n, ps in trainable.items()},
-            "loop": to_dict(config),
-            "task_config": self.task.config,
+            "loop": self.identity["loop"],
+            "task_config": self.identity["task_config"],
         }
         write_record(self.out / "run.json", record)
         return record

@@ -98,12 +98,12 @@ class EnergyCounter:
     The counters cover whole devices, so other programs on the same machine are counted too.
     """
 
-    def __init__(self, devices: list[torch.device]) -> None:
+    def __init__(self, devices: list[torch.device], rapl: Path = _RAPL) -> None:
         self.joules: float | None = None
         self._readers: list[tuple[Callable[[], float], float]] = []
         gpus = [d for d in devices if d.type == "cuda"]
         try:
-            self._readers = _nvml_readers(gpus) if gpus else _rapl_readers()
+            self._readers = _nvml_readers(gpus) if gpus else _rapl_readers(rapl)
             self.source = "NVML total energy counter" if gpus else "RAPL package counters"
             self._last = [read() for read, _ in self._readers]
             self.joules = 0.0
@@ -156,7 +156,7 @@ def _nvml_readers(devices: list[torch.device]) -> list[tuple[Callable[[], float]
     return [(reader(handle), 0.0) for handle in handles]
 
 
-def _rapl_readers(root: Path = _RAPL) -> list[tuple[Callable[[], float], float]]:
+def _rapl_readers(root: Path) -> list[tuple[Callable[[], float], float]]:
     # intel-rapl:N are packages (also on AMD); intel-rapl:N:M are parts of them
     zones = [z for z in sorted(root.glob("intel-rapl:*")) if z.name.count(":") == 1]
     if not zones:

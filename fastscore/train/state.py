@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 
 from fastscore.checkpoint import first_difference
+from fastscore.config import to_dict
 from fastscore.files import atomic_write
+from fastscore.train.task import LoopConfig, Task
 
 _FORMAT = "fastscore training state"
 _VERSION = 1
@@ -56,34 +59,49 @@ def _keep(path: Path) -> None:
 def read_state(path: Path) -> dict[str, Any] | None:
     """Newest readable state at ``path``, or None when there is none at all.
 
-    An unreadable newest state gives way, with a warning, to the one before it. Raises ValueError
-    when no stored state is readable.
+    An unreadable newest state gives way to the one before it, with a warning, and is set aside as
+    state.damaged.ckpt. Raises ValueError when no stored state is readable.
     """
-    present = [p for p in (path, previous_path(path)) if p.exists()]
-    errors = []
-    for candidate in present:
-        try:
-            state = _load(candidate)
-        except ValueError as error:
-            errors.append(str(error))
-            continue
-        for error in errors:
-            warnings.warn(
-                f"{error}; resuming from {candidate} at step {state['step']}", stacklevel=2
-            )
+    previous = previous_path(path)
+    if not path.exists():
+        return _of_this_version(_load(previous), previous) if previous.exists() else None
+    try:
+        return _of_this_version(_load(path), path)
+    except UnreadableError as error:
+        if not previous.exists():
+            raise
+        state = _of_this_version(_load(previous), previous)
+        aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
+        warnings.warn(
+            f"{error}; it is now {aside}, and {previous} resumes at step {state['step']}",
+            stacklevel=2,
+        )
+        # it must not become the previous state when the next one is written
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, aside)
         return state
-    if errors:
-        raise ValueError(f"{errors[0]}; delete it to start over")
-    return None
+
+
+def identity(task: Task, config: LoopConfig, world_size: int) -> dict[str, Any]:
+    """What must be equal for a stored training to be this one; ValueError unless JSON-ready."""
+    try:
+        task_config = json.loads(json.dumps(task.config))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config of task {task.name!r} is not JSON-ready: {error}") from error
+    return {
+        "task": task.name,
+        "task_config": task_config,
+        "loop": to_dict(config),
+        "world_size": world_size,
+    }
 
 
 def check_state(state: dict[str, Any], expected: dict[str, Any], path: Path, extend: bool) -> None:
     """Raise ValueError naming the first setting in which a stored training differs from this one.
 
-    ``expected`` holds "task", "task_config", "loop" and "world_size". Settings in FREE_SETTINGS may
-    differ; ``steps`` may only with ``extend``, because the learning-rate schedule depends on it.
+    ``expected`` is the ``identity`` of this one. Settings in FREE_SETTINGS may differ; ``steps``
+    may only with ``extend``, because the learning-rate schedule depends on it.
     """
-    expected = json.loads(json.dumps(expected))
     for part in ("task", "task_config", "world_size", "loop"):
         stored, wanted = state[part], expected[part]
         if part == "loop":
@@ -105,12 +123,21 @@ def check_state(state: dict[str, Any], expected: dict[str, Any], path: Path, ext
         )
 
 
-def _load(path: Path) -> dict[str, Any]:
+class UnreadableError(ValueError):
+    """A stored state is damaged, or no stored state at all."""
+
+
+def _load(path: Path) -> Any:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable training state ({first})") from error
+        raise UnreadableError(
+            f"{path} is not a readable training state ({first}); delete it to start over"
+        ) from error
+
+
+def _of_this_version(state: Any, path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a training state of fastscore")
     if state["version"] != _VERSION:
