@@ -24,7 +24,7 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class MelConfig:
-    """Log-Mel front end (design.md section 4): the convention of 16 kHz HiFi-GAN checkpoints."""
+    """Log-Mel front end: the convention of 16 kHz HiFi-GAN checkpoints."""
 
     sample_rate: int = 16000
     n_fft: int = 1024
@@ -43,8 +43,8 @@ class MelConfig:
         )
         _require(
             0 <= self.f_min < self.f_max <= self.sample_rate / 2,
-            f"MelConfig: f_max {self.f_max} Hz must lie above f_min {self.f_min} Hz and at or below "
-            f"half of sample_rate {self.sample_rate} Hz",
+            f"MelConfig: f_max {self.f_max} Hz must lie above f_min {self.f_min} Hz and at or "
+            f"below half of sample_rate {self.sample_rate} Hz",
         )
         _require(self.n_mels > 0, f"MelConfig: n_mels {self.n_mels} must be positive")
         _require(self.log_floor > 0, f"MelConfig: log_floor {self.log_floor} must be positive")
@@ -57,7 +57,7 @@ class MelConfig:
 
 @dataclass(frozen=True)
 class MelSpace:
-    """The space the diffusion lives in: normalised log-Mel (mel - mean) / std, [B, 1, n_mels, frames]."""
+    """Where the diffusion lives: (log-Mel - mean) / std, [B, 1, n_mels, frames]."""
 
     frames: int = 64
     mean: float = 0.0
@@ -159,7 +159,7 @@ class SubnetConfig:
         )
 
 
-# ``tiny`` trains on a laptop's CPU and ships; ``paper`` has the size and cost of the published model
+# ``tiny`` trains on a laptop's CPU and ships; ``paper`` has the published model's size and cost
 CLASSIFIERS = {
     "tiny": ClassifierConfig(dropout=0.1),
     "paper": ClassifierConfig(channels=(192, 208, 256), blocks=(4, 3, 1), emb_dim=256, dropout=0.1),
@@ -202,11 +202,35 @@ class HifiGanConfig:
             f"HifiGanConfig: upsample_rates {self.upsample_rates} multiply to "
             f"{math.prod(self.upsample_rates)}, but the Mel hop_length is {self.mel.hop_length}",
         )
+        _require(
+            all(
+                k >= r > 0
+                for k, r in zip(self.upsample_kernel_sizes, self.upsample_rates, strict=True)
+            ),
+            f"HifiGanConfig: upsample_kernel_sizes {self.upsample_kernel_sizes} must not be below "
+            f"upsample_rates {self.upsample_rates}",
+        )
+        _require(
+            len(self.resblock_kernel_sizes) == len(self.resblock_dilation_sizes) > 0,
+            f"HifiGanConfig: resblock_kernel_sizes {self.resblock_kernel_sizes} and "
+            f"resblock_dilation_sizes {self.resblock_dilation_sizes} must have the same length",
+        )
+        _require(
+            all(k > 0 and k % 2 == 1 for k in self.resblock_kernel_sizes)
+            and all(d > 0 for dilations in self.resblock_dilation_sizes for d in dilations),
+            f"HifiGanConfig: resblock_kernel_sizes {self.resblock_kernel_sizes} must be odd and "
+            f"resblock_dilation_sizes {self.resblock_dilation_sizes} positive",
+        )
+        _require(
+            self.upsample_initial_channel >> len(self.upsample_rates) > 0,
+            f"HifiGanConfig: upsample_initial_channel {self.upsample_initial_channel} cannot be "
+            f"halved {len(self.upsample_rates)} times",
+        )
 
 
 @dataclass(frozen=True)
 class SpectralVocoderConfig:
-    """Compact generator: ConvNeXt blocks and an inverse-STFT head over two sources (after Vocos)."""
+    """Compact generator: ConvNeXt blocks, an inverse-STFT head, two sources (after Vocos)."""
 
     mel: MelConfig = MelConfig()
     dim: int = 192
@@ -229,8 +253,8 @@ class SpectralVocoderConfig:
     def __post_init__(self) -> None:
         _require(
             self.hop_length > 0 and self.mel.hop_length % self.hop_length == 0,
-            f"SpectralVocoderConfig: Mel hop_length {self.mel.hop_length} must be a multiple of the "
-            f"head's hop_length {self.hop_length}",
+            f"SpectralVocoderConfig: Mel hop_length {self.mel.hop_length} must be a multiple of "
+            f"the head's hop_length {self.hop_length}",
         )
         _require(
             self.n_fft % (2 * self.hop_length) == 0,
@@ -243,8 +267,8 @@ class SpectralVocoderConfig:
         )
         _require(
             0 < self.pitch_min < self.pitch_max < self.mel.sample_rate / 4,
-            f"SpectralVocoderConfig: pitch_min {self.pitch_min} Hz and pitch_max {self.pitch_max} Hz "
-            f"must be in that order, positive and below a quarter of {self.mel.sample_rate} Hz",
+            f"SpectralVocoderConfig: pitch_min {self.pitch_min} Hz and pitch_max {self.pitch_max} "
+            f"Hz must rise, be positive and below a quarter of {self.mel.sample_rate} Hz",
         )
         _require(
             self.pitch_bins >= 8,
@@ -262,7 +286,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], values: Any) -> T:
     """Configuration of type ``cls`` from a dictionary.
 
-    Raises ValueError on an unknown key, a missing key without a default, or a value of another type.
+    Raises ValueError on an unknown key, a missing key without a default, or a wrong type.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{cls.__name__}: expected a dictionary, got {type(values).__name__}")
