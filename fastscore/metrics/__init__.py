@@ -1,0 +1,1 @@
+"""Judging generated speech: a recogniser of its own, distances, spread and quality."""
