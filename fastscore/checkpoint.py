@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -166,6 +167,21 @@ def first_difference(stored: Any, expected: Any, key: str = "") -> tuple[str, st
     else:
         same = type(stored) is type(expected) and stored == expected
     return None if same else (key or "value", repr(stored), repr(expected))
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256, hexadecimal, of the names, shapes and values of a module's state.
+
+    Floating-point values enter rounded to float16, so weights stored in float16 keep their hash.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().to("cpu")
+        if value.is_floating_point():
+            value = value.to(torch.float16)
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _json(values: dict[str, Any], what: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastscore.checkpoint import save_checkpoint
+from fastscore.checkpoint import save_checkpoint, weights_hash
 from fastscore.classifier import Classifier
 from fastscore.config import MelConfig, MelSpace, SigmaRange, SubnetConfig, to_dict
 from fastscore.data import MelSet
@@ -54,28 +54,29 @@ class ScoreTask:
         self.train = MelBatches(train, space, augment)
         self.validation = MelBatches(validation, space)
         self.tap_dtype, self.compiled = tap_dtype, compiled
-        self.classifier_config = classifier.config
         frozen = copy.deepcopy(classifier).to(tap_dtype, memory_format=torch.channels_last)
         self.frozen = frozen.requires_grad_(False).eval()
         model = ScoreSubnet(config, classifier.config).to(memory_format=torch.channels_last)
         if compiled:
             model.compile(fullgraph=True)
         self.trained: dict[str, nn.Module] = {"subnet": model}
-        self.model_config = config
+        self.stored = checkpoint_config(config, classifier, self.mel, space, sigma)
         self.config: dict[str, Any] = {
-            **checkpoint_config(config, classifier, self.mel, space, sigma),
+            **self.stored,
             "levels": to_dict(self.levels),
             "augment": to_dict(augment),
             "tap_dtype": str(tap_dtype),
             "clips": len(train),
         }
+        self._autocast: Callable[[], AbstractContextManager] = nullcontext
         self._read = self._taps
         if compiled:
             self._read = torch.compile(self._taps, fullgraph=True)
 
     def setup(self, device: torch.device, autocast: Callable[[], AbstractContextManager]) -> None:
-        """Move the frozen classifier to the training device."""
+        """Move the frozen classifier to the training device and keep the training's precision."""
         self.frozen.to(device)
+        self._autocast = autocast
 
     def _taps(self, x: Tensor, c_noise: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         taps = read_taps(self.frozen, x, c_noise)
@@ -100,7 +101,9 @@ class ScoreTask:
         scaled = (c_in[:, None, None, None] * x).to(memory_format=torch.channels_last)
         with torch.no_grad():
             features, gradients = self._read(scaled.to(self.tap_dtype), c_noise)
-        raw = model(scaled, c_noise, features, gradients).float()
+        # validation calls the bare module, which knows nothing of the training's precision
+        with self._autocast():
+            raw = model(scaled, c_noise, features, gradients).float()
         target = (x0 - c_skip[:, None, None, None] * x) / c_out[:, None, None, None]
         return (raw - target).square().mean(dim=(1, 2, 3))
 
@@ -120,8 +123,7 @@ class ScoreTask:
 
     def export(self, modules: dict[str, nn.Module], path: Path) -> None:
         """Write the averaged ScoreSubnet with everything needed to feed it."""
-        config = checkpoint_config(self.model_config, self.frozen, self.mel, self.space, self.sigma)
-        save_checkpoint(path, "score", config, modules["subnet"].state_dict())
+        save_checkpoint(path, "score", self.stored, modules["subnet"].state_dict())
 
 
 def checkpoint_config(
@@ -135,6 +137,8 @@ def checkpoint_config(
     return {
         "subnet": to_dict(config),
         "classifier": to_dict(classifier.config),
+        # a ScoreSubnet is worth nothing beside another classifier, so its file names this one
+        "classifier_hash": weights_hash(classifier),
         "mel": to_dict(mel),
         "space": to_dict(space),
         "sigma": to_dict(sigma),
