@@ -35,12 +35,12 @@ def randomise(module: nn.Module, seed: int = 1) -> nn.Module:
     """Draw every parameter anew: residual branches, FiLM and outputs start at zero otherwise."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in module.parameters():
+        for name, p in module.named_parameters():
             noise = torch.randn(p.shape, generator=rng)
             if p.ndim >= 2:
-                p.copy_(noise * (p[0].numel() or 1) ** -0.5)
+                p.copy_(noise * p[0].numel() ** -0.5)
             else:
-                p.add_(0.2 * noise)
+                p.copy_(0.2 * noise + float(name.endswith("weight")))
     return module
 
 
@@ -57,9 +57,9 @@ def small_denoiser(config: SubnetConfig = SUBNET) -> TapDenoiser:
 
 
 def inputs(batch: int, seed: int = 3, frames: int = 24) -> tuple[Tensor, Tensor]:
-    """x [batch, 1, 16, frames] and sigma [batch] from 0.02 to 20."""
+    """x [batch, 1, 16, frames] and sigma [batch] from 0.1 to 10."""
     rng = torch.Generator().manual_seed(seed)
-    sigma = torch.from_numpy(np.geomspace(0.02, 20.0, batch)).float()
+    sigma = torch.from_numpy(np.geomspace(0.1, 10.0, batch)).float()
     x0 = 0.7 * torch.randn(batch, 1, 16, frames, generator=rng)
     return x0 + sigma[:, None, None, None] * torch.randn(x0.shape, generator=rng), sigma
 

@@ -1,0 +1,83 @@
+"""One denoiser evaluation, unguided and guided side by side: the unit every sampler repeats.
+
+pytest bench/bench_step.py --benchmark-only [--device cuda] [--threads N] [--benchmark-json FILE]
+"""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastscore.classifier import Classifier
+from fastscore.config import CLASSIFIERS, SUBNETS, MelSpace, SigmaRange
+from fastscore.denoiser import TapDenoiser
+from fastscore.subnet import ScoreSubnet
+
+# preset, batch, rounds: what a CPU can repeat in some seconds
+WORKLOADS = [("tiny", 1, 40), ("tiny", 16, 8), ("paper", 1, 8)]
+
+
+def denoiser(preset: str, device: torch.device) -> TapDenoiser:
+    """Random weights, none of them at the zero it starts from: they cost what trained ones cost."""
+    torch.manual_seed(0)
+    classifier = CLASSIFIERS[preset]
+    net = TapDenoiser(
+        Classifier(classifier), ScoreSubnet(SUBNETS[preset], classifier), MelSpace(), SigmaRange()
+    )
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    net = net.eval().requires_grad_(False)
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def arguments(batch: int, guided: bool, device: torch.device) -> tuple[torch.Tensor, ...]:
+    x = torch.randn(batch, 1, 80, 64, device=device)
+    sigma = (
+        torch.logspace(-1, 1, batch, device=device) if batch > 1 else torch.ones(1, device=device)
+    )
+    if not guided:
+        return x, sigma
+    label = torch.arange(batch, device=device) % 10
+    return x, sigma, label, torch.full((batch,), 3.0, device=device)
+
+
+def check(net: TapDenoiser, args: tuple[torch.Tensor, ...]) -> None:
+    """No row for a step that is wrong: finite, and guided by exactly what gamma asks for."""
+    out = net(*args)
+    assert out.shape == args[0].shape
+    assert out.isfinite().all()
+    if len(args) == 4:
+        x, sigma, label, gamma = args
+        plain = net(x, sigma)
+        torch.testing.assert_close(net(x, sigma, label, 0 * gamma), plain)
+        torch.testing.assert_close(
+            net(x, sigma, label, 2 * gamma) - plain, 2 * (out - plain), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+@pytest.mark.parametrize(("preset", "batch", "rounds"), WORKLOADS, ids=lambda v: str(v))
+@torch.no_grad()
+def test_step(benchmark, device, preset, batch, rounds, guided):
+    net, args = denoiser(preset, device), arguments(batch, guided, device)
+    check(net, args)
+    with FlopCounterMode(display=False) as counter:
+        net(*args)
+
+    def step() -> torch.Tensor:
+        out = net(*args)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return out
+
+    benchmark.group = f"step: {preset}, batch {batch}"
+    benchmark.extra_info.update(
+        preset=preset,
+        batch=batch,
+        guided=guided,
+        dtype="float32",
+        gmacs_per_clip=counter.get_total_flops() / 2e9 / batch,
+        parameters=sum(p.numel() for p in net.parameters()),
+    )
+    # the first evaluations choose algorithms and fill caches
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=3, iterations=1)
