@@ -51,7 +51,11 @@ fastscore.taps                       torch .classifier |
 fastscore.subnet                     torch kernels .config .layers |
 fastscore.denoiser                   torch .classifier .config .subnet .taps |
 fastscore.vocoder.spectral           numpy torch .config |
-fastscore.vocoder                    torch .checkpoint .config .vocoder.spectral |
+fastscore.vocoder.hifigan            torch .config |
+fastscore.vocoder.weightnorm         torch |
+fastscore.vocoder.torchscript        numpy torch |
+fastscore.vocoder.readers            torch .checkpoint .config .vocoder.hifigan .vocoder.torchscript .vocoder.weightnorm | safetensors
+fastscore.vocoder                    torch .checkpoint .config .vocoder.hifigan .vocoder.readers .vocoder.spectral .vocoder.torchscript |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |
@@ -74,7 +78,8 @@ fastscore.train.mels                 numpy torch .config .data |
 fastscore.train.classifier           torch .checkpoint .classifier .config .data .denoiser .train.mels |
 fastscore.train.score                torch .checkpoint .classifier .config .data .denoiser .subnet .taps .train.mels |
 fastscore.train.vocoder_data         numpy torch .audio .config .train.pitch | .data
-fastscore.train.vocoder              torch .audio .config .train.discriminators .train.vocoder_data .vocoder .vocoder.spectral | .data
+fastscore.train.vocoder_losses       torch |
+fastscore.train.vocoder              torch .audio .config .train.discriminators .train.task .train.vocoder_data .train.vocoder_losses .vocoder .vocoder.spectral .vocoder.weightnorm | .data
 fastscore.train.recogniser           numpy torch .audio .checkpoint .config .data .metrics.recogniser .train.augment |
 """  # noqa: E501
 
