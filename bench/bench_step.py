@@ -5,10 +5,10 @@ pytest bench/bench_step.py --benchmark-only [--device cuda] [--threads N] [--ben
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastscore.classifier import Classifier
 from fastscore.config import CLASSIFIERS, SUBNETS, MelSpace, SigmaRange
+from fastscore.cost import parameters, step_macs
 from fastscore.denoiser import TapDenoiser
 from fastscore.subnet import ScoreSubnet
 
@@ -61,8 +61,7 @@ def check(net: TapDenoiser, args: tuple[torch.Tensor, ...]) -> None:
 def test_step(benchmark, device, preset, batch, rounds, guided):
     net, args = denoiser(preset, device), arguments(batch, guided, device)
     check(net, args)
-    with FlopCounterMode(display=False) as counter:
-        net(*args)
+    macs = step_macs(net)["guided" if guided else "unguided"]
 
     def step() -> torch.Tensor:
         out = net(*args)
@@ -76,8 +75,8 @@ def test_step(benchmark, device, preset, batch, rounds, guided):
         batch=batch,
         guided=guided,
         dtype="float32",
-        gmacs_per_clip=counter.get_total_flops() / 2e9 / batch,
-        parameters=sum(p.numel() for p in net.parameters()),
+        gmacs_per_clip=macs / 1e9,
+        parameters=parameters(net),
     )
     # the first evaluations choose algorithms and fill caches
     benchmark.pedantic(step, rounds=rounds, warmup_rounds=3, iterations=1)

@@ -72,7 +72,9 @@ def test_labels_change_nothing_but_the_guidance():
     assert guided.guidance.shape == x.shape
     assert torch.equal(unguided.logits, guided.logits)
     for a, b in zip(
-        (*unguided.features, *unguided.gradients), (*guided.features, *guided.gradients), strict=True
+        (*unguided.features, *unguided.gradients),
+        (*guided.features, *guided.gradients),
+        strict=True,
     ):
         assert torch.equal(a, b)
 
@@ -81,7 +83,13 @@ class Linear(nn.Module):
     """Two taps and all derivatives in closed form: h1 = a x, h2 = b h1, f = W mean(h2)."""
 
     config = ClassifierConfig(
-        labels=("a", "b", "c"), n_mels=4, frames=4, patch=1, channels=(1, 1), blocks=(1, 1), groups=1
+        labels=("a", "b", "c"),
+        n_mels=4,
+        frames=4,
+        patch=1,
+        channels=(1, 1),
+        blocks=(1, 1),
+        groups=1,
     )
 
     def __init__(self) -> None:
