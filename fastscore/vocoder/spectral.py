@@ -221,9 +221,10 @@ def _envelope_matrix(config: SpectralVocoderConfig) -> Tensor:
     matrix = np.zeros((mel.n_mels + 1, len(bins)))
     matrix[upper - 1, np.arange(len(bins))] = 1 - share
     matrix[upper, np.arange(len(bins))] = share
-    # white noise of unit variance has magnitude sqrt(sum w^2) in a Hann-windowed FFT, and a slaney
-    # band of unit area sums n_fft / rate such bins
-    noise = math.sqrt(0.375 * mel.win_length) * mel.n_fft / mel.sample_rate * 0.886
+    # white noise of unit variance: a Hann window's root energy, a Rayleigh variable's mean over
+    # its root mean square, and a slaney band of unit area that sums n_fft / rate bins
+    noise = math.sqrt(0.375 * mel.win_length) * math.sqrt(math.pi) / 2
+    noise *= mel.n_fft / mel.sample_rate
     matrix[-1] = -math.log(noise)
     return torch.from_numpy(matrix).float()
 
