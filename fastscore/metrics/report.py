@@ -13,7 +13,8 @@ from .frechet import Distance
 from .rates import Rate
 from .recogniser import CONFIDENT
 
-RECORDINGS, COPY, GUIDED, UNGUIDED = "recordings", "copy-synthesis", "guided", "unguided"
+RECORDINGS, TRAINING, COPY = "recordings", "training recordings", "copy-synthesis"
+GUIDED, UNGUIDED = "guided", "unguided"
 
 
 @dataclass
@@ -218,9 +219,10 @@ def _verdicts(report: Report) -> list[Verdict]:
         total = len(report.labels)
         aim("unguided: every label present", f"{present} of {total}", present == total)
     for name in ("embedding", "acoustic"):
-        if guided.spread is not None:
-            value = guided.spread[name]
-            aim(f"guided: {name} spread at least 0.7 of the data's", f"{value:.2f}", value >= 0.7)
+        value = (guided.spread or {}).get(name)
+        shown = "too few clips heard as meant" if value is None else f"{value:.2f}"
+        met = value is not None and value >= 0.7
+        aim(f"guided: {name} spread at least 0.7 of the data's", shown, met)
     loss = recordings.recognised.value - copy.recognised.value
     points = f"{100 * loss:.1f} points lost"
     aim("copy-synthesis: recognised within 2 points of the recordings", points, loss <= 0.02)

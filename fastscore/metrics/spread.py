@@ -50,16 +50,27 @@ def spread_ratio(
     data_features: np.ndarray,
     data_labels: np.ndarray,
 ) -> float:
-    """Within-label covariance trace over that of the data; only labels in both sets count.
+    """Within-label covariance trace over that of the data, over labels with two clips in both sets.
 
-    Raises ValueError when the sets share no label or the data has no spread.
+    Raises ValueError when there is no such label or the data has no spread.
     """
-    shared = np.intersect1d(labels, data_labels)
+    shared = shared_labels(labels, data_labels)
+    if not len(shared):
+        raise ValueError("spread_ratio: no label has two or more clips in both sets")
     keep, keep_data = np.isin(labels, shared), np.isin(data_labels, shared)
     base = within_label_covariance_trace(data_features[keep_data], data_labels[keep_data])
     if base <= 0:
         raise ValueError("spread_ratio: the data has no spread within its labels")
     return within_label_covariance_trace(features[keep], labels[keep]) / base
+
+
+def shared_labels(labels: np.ndarray, data_labels: np.ndarray) -> np.ndarray:
+    """Labels with two or more clips in both sets, on which spread can be compared."""
+    several = []
+    for each in (labels, data_labels):
+        values, counts = np.unique(each, return_counts=True)
+        several.append(values[counts >= 2])
+    return np.intersect1d(*several)
 
 
 def acoustic_spread_ratios(
@@ -71,7 +82,8 @@ def acoustic_spread_ratios(
     """Spread ratio of each group of ``voice_statistics``, and of all under "acoustic".
 
     Every statistic is divided by its deviation over the data first, so none dominates by its unit.
-    Clips in which no pitch was found (NaN) are left out of the groups that need it.
+    Clips in which no pitch was found (NaN) are left out of the groups that need it, and groups for
+    which no label has two clips left are left out of the result.
     """
     scale = np.nanstd(data_statistics, axis=0)
     scale[scale == 0] = 1.0
@@ -81,6 +93,8 @@ def acoustic_spread_ratios(
     for name, part in groups.items():
         ok = np.isfinite(a[:, part]).all(1)
         ok_data = np.isfinite(b[:, part]).all(1)
+        if not len(shared_labels(labels[ok], data_labels[ok_data])):
+            continue
         ratios[name] = spread_ratio(
             a[ok][:, part], labels[ok], b[ok_data][:, part], data_labels[ok_data]
         )
