@@ -12,6 +12,7 @@ from imports import PACKAGES, ROOT, Import, all_imports, imports_of, source_file
 
 # Loaded only by the functions that need them: optional, slow to load, or both.
 LAZY_PACKAGES = {
+    "PIL",
     "ctranslate2",
     "faster_whisper",
     "filelock",
@@ -74,7 +75,7 @@ fastscore.metrics.asr                numpy torch | ctranslate2 faster_whisper me
 fastscore.metrics.dnsmos             numpy torch | speechmos
 fastscore.metrics.provenance         torch |
 fastscore.metrics.report             .files .metrics.frechet .metrics.rates .metrics.recogniser | .metrics.page
-fastscore.metrics.page               numpy | matplotlib .metrics.report
+fastscore.metrics.page               numpy | PIL matplotlib .metrics.report
 fastscore.metrics.measure            numpy torch .metrics.dnsmos .metrics.frechet .metrics.rates .metrics.recogniser .metrics.report .metrics.scores .metrics.spread |
 fastscore.metrics.evaluate           numpy torch .audio .checkpoint .config .data .metrics.asr .metrics.dnsmos .metrics.frechet .metrics.measure .metrics.page .metrics.provenance .metrics.rates .metrics.recogniser .metrics.report | tqdm
 fastscore.train                      |

@@ -16,6 +16,7 @@ from imports import PACKAGES, ROOT, all_imports, source_files
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # name imported -> name installed, where they differ
 DISTRIBUTIONS = {
+    "PIL": "pillow",
     "pynvml": "nvidia-ml-py",
     "torch.utils.tensorboard": "tensorboard",
 }
