@@ -1,0 +1,153 @@
+"""What is asked of a sampling call, checked in full before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastscore.config import SigmaRange
+from fastscore.noise import seed_tensor
+from fastscore.presets import Defaults, check_interval
+from fastscore.samplers import SamplerSpec, sampler_named, schedule_for
+
+Labels = str | Sequence[str | None] | None
+Strengths = float | Sequence[float] | Tensor | None
+
+# numbers of samples that share a seed, as `fastscore.noise` counts them
+_NUMBERS = 2**32
+
+
+class Batch(NamedTuple):
+    """Row of the request in every slot of a batch; ``kept`` slots count, others only fill it up."""
+
+    rows: list[int]
+    kept: slice
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of ``Pipeline.sample``: a label index (-1: none) and a gamma for each sample."""
+
+    spec: SamplerSpec
+    sigmas: tuple[float, ...]
+    options: dict[str, Any]
+    interval: tuple[float, float]
+    ids: list[int]
+    gammas: list[float]
+    seed: int
+    first: int
+    batch_size: int
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Batches of one size, in which sample ``number`` has slot ``number % batch_size``.
+
+        Which matrix kernel computes a row, and so its last bits, may depend on a batch's size and
+        on the row's slot, but not on the other rows.
+        """
+        size, numbers = self.batch_size, range(self.first, self.first + len(self.ids))
+        found = []
+        for start in range(self.first // size * size, numbers.stop, size):
+            kept = range(max(start, numbers.start), min(start + size, numbers.stop))
+            slots = range(start, start + size)
+            rows = [min(max(k, kept[0]), kept[-1]) - self.first for k in slots]
+            found.append(Batch(rows, slice(kept.start - start, kept.stop - start)))
+        return found
+
+
+def make_request(
+    defaults: Defaults,
+    trained: SigmaRange,
+    known: Sequence[str],
+    *,
+    labels: Labels,
+    n: int | None,
+    guidance: Strengths,
+    steps: int | None,
+    nfe: int | None,
+    sampler: str | None,
+    interval: tuple[float, float] | None,
+    seed: int,
+    first: int,
+    batch_size: int,
+) -> Request:
+    """Arguments of ``Pipeline.sample`` with the defaults filled in; ValueError for one unfit."""
+    spec = sampler_named(defaults.sampler if sampler is None else sampler)
+    own = spec.name == defaults.sampler
+    sigmas = schedule_for(
+        spec,
+        _evaluations(spec, defaults, steps, nfe),
+        trained,
+        schedule=defaults.schedule if own else None,
+        sigma_min=defaults.sigma_min,
+        sigma_max=defaults.sigma_max,
+    )
+    interval = defaults.guidance_interval if interval is None else interval
+    ids = _label_ids(known, labels, n)
+    seed_tensor([seed])  # says what a seed may be
+    if whole("first", first, 0) + len(ids) > _NUMBERS:
+        raise ValueError(f"first {first} + {len(ids)} samples exceed 2^32; use another seed")
+    return Request(
+        spec=spec,
+        sigmas=sigmas,
+        options=defaults.sampler_options if own else {},
+        interval=(0.0, math.inf) if interval is None else check_interval(interval),
+        ids=ids,
+        gammas=_gammas(defaults.guidance if guidance is None else guidance, len(ids)),
+        seed=seed,
+        first=first,
+        batch_size=whole("batch_size", batch_size, 1),
+    )
+
+
+def whole(name: str, value: int, least: int) -> int:
+    """``value`` where it is a whole number of at least ``least``; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} {value!r} must be a whole number of at least {least}")
+    return value
+
+
+def _evaluations(spec: SamplerSpec, defaults: Defaults, steps: int | None, nfe: int | None) -> int:
+    """Denoiser evaluations a sample may take."""
+    if steps is not None and nfe is not None:
+        raise ValueError(f"steps {steps} and nfe {nfe} were both given; give one of them")
+    if steps is not None:
+        return spec.nfe(whole("steps", steps, 1))
+    return defaults.nfe if nfe is None else whole("nfe", nfe, 1)
+
+
+def _label_ids(known: Sequence[str], labels: Labels, n: int | None) -> list[int]:
+    if labels is None or isinstance(labels, str):
+        labels = [labels] * whole("n", 1 if n is None else n, 1)
+    elif n is not None and n != len(labels):
+        raise ValueError(
+            f"n {n} was given with a list of {len(labels)} labels; give n with one label, or "
+            "a list with one entry a sample"
+        )
+    if not len(labels):
+        raise ValueError("labels is an empty list; give one entry a sample")
+    index = {label: i for i, label in enumerate(known)}
+    for label in labels:
+        if label is not None and label not in index:
+            raise ValueError(f"label {label!r} is unknown; choose from {', '.join(known)}")
+    return [-1 if label is None else index[label] for label in labels]
+
+
+def _gammas(guidance: float | Sequence[float] | Tensor, n: int) -> list[float]:
+    if isinstance(guidance, Tensor):
+        guidance = guidance.tolist()
+    several = isinstance(guidance, list | tuple)
+    values = list(guidance) if several else [guidance] * n
+    if len(values) != n:
+        raise ValueError(f"guidance has {len(values)} entries for {n} samples; give one for each")
+    for value in values:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise ValueError(
+                f"guidance {value!r} must be a finite number, 0 or more; 0 is unguided, 3 is usual"
+            )
+    return [float(value) for value in values]
