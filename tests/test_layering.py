@@ -106,6 +106,7 @@ fastscore.commands.sample            .commands.common | .results
 fastscore.commands.vocode            .commands.common | .audio .devices .hearing .presets .results .vocoder
 fastscore.commands.train             | torch .checkpoint .config .data .folders .metrics.recogniser .presets .train.classifier .train.loop .train.mels .train.recogniser .train.score .train.task .train.vocoder
 fastscore.cli                        .commands.classify .commands.evaluate .commands.info .commands.sample .commands.train .commands.vocode | fastscore
+fastscore.__main__                   .cli |
 """  # noqa: E501
 
 

@@ -1,0 +1,1 @@
+"""Subcommands of the program: ``add_parser`` describes one, ``run`` imports what it needs."""

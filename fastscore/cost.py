@@ -1,0 +1,59 @@
+"""What a model costs: parameters, tap shapes, and multiply-accumulates counted by PyTorch."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.denoiser import TapDenoiser
+
+# Makarov and Gerkmann 2026 (arXiv 2606.20457): a step at 80 x 64, and millions of parameters
+PUBLISHED = {"unguided": 12.07e9, "guided": 16.44e9, "trainable": 4.4e6, "total": 12.3e6}
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def tap_shapes(denoiser: TapDenoiser) -> dict[str, tuple[int, int, int]]:
+    """Shape (channels, height, width) of every tap by name; gradient taps have the same."""
+    model = _meta(denoiser)
+    x, sigma = _inputs(model, 1)
+    emb = model.classifier.embed(sigma)
+    _, taps = model.classifier.upper(model.classifier.lower(x, emb), emb)
+    names = model.classifier.config.tap_names
+    return {name: tuple(tap.shape[1:]) for name, tap in zip(names, taps, strict=True)}
+
+
+def step_macs(denoiser: TapDenoiser, batch: int = 1) -> dict[str, int]:
+    """Multiply-accumulates of an unguided and a guided evaluation of ``batch`` samples.
+
+    Half the floating-point operations that torch.utils.flop_counter counts: convolutions and matrix
+    products with their backward passes, nothing else. The model runs on the meta device, so nothing
+    is computed.
+    """
+    # imported here: it brings parts of the compiler that sampling does not need
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = _meta(denoiser)
+    x, sigma = _inputs(model, batch)
+    label = torch.zeros(batch, dtype=torch.int64, device="meta")
+    found = {}
+    for name, guidance in (("unguided", (None, None)), ("guided", (label, sigma))):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x, sigma, *guidance)
+        found[name] = counter.get_total_flops() // 2
+    return found
+
+
+def _meta(denoiser: TapDenoiser) -> TapDenoiser:
+    return copy.deepcopy(denoiser).to("meta")
+
+
+def _inputs(denoiser: TapDenoiser, batch: int) -> tuple[Tensor, Tensor]:
+    config = denoiser.classifier.config
+    x = torch.empty(batch, 1, config.n_mels, config.frames, device="meta")
+    return x, torch.ones(batch, device="meta")
