@@ -349,6 +349,8 @@ class _Evaluation:
             notes.append(
                 f"{n} clips a side are few for {dimension} dimensions: distances are rough."
             )
+        if self.settings.n < 10 * len(self.pipeline.labels):
+            notes.append(f"{self.settings.n} samples a row are few: spread and scores are rough.")
         known = set(data.speakers)
         notes.append(f"{len(known)} speakers in the held-out recordings.")
         return notes
