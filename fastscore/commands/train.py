@@ -38,6 +38,7 @@ def add_parser(commands: Any) -> None:
     parts = parser.add_subparsers(metavar="PART", required=True)
     classifier = _part(parts, "classifier", "noise-conditioned classifier", _classifier)
     _add_model(classifier)
+    _add_corruption(classifier)
     _add_skip(classifier)
     classifier.add_argument(
         "--initial", type=Path, metavar="FILE", help="start from the weights of this classifier"
@@ -47,6 +48,7 @@ def add_parser(commands: Any) -> None:
         "--classifier", type=Path, required=True, metavar="FILE", help="the frozen classifier"
     )
     _add_model(score)
+    _add_corruption(score)
     _add_skip(score)
     taps = score.add_mutually_exclusive_group()
     taps.add_argument("--feature-taps-only", action="store_true", help="no gradient taps")
@@ -113,6 +115,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="run through torch.compile")
 
 
+def _add_corruption(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shift", type=int, metavar="FRAMES", help="largest random time shift")
+    parser.add_argument("--gain", type=float, metavar="NATS", help="largest random gain")
+    parser.add_argument("--log-sigma-mean", type=float, metavar="M", help="mean of log sigma")
+    parser.add_argument("--log-sigma-std", type=float, metavar="S", help="deviation of log sigma")
+
+
 def _add_skip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave broken files out instead of refusing"
@@ -142,7 +151,7 @@ def _classifier(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
     config = _named(args.preset, CLASSIFIERS)
     config = dataclasses.replace(config, labels=_labels(args, config.labels))
     recipe = LoopConfig(
-        steps=2400,
+        steps=1500,
         batch_size=64,
         lr=2e-3,
         warmup_steps=100,
@@ -166,6 +175,7 @@ def _classifier(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
         space,
         SigmaRange(),
         loop.batch_size,
+        **_corruption(args, ClassifierTask),
         initial=initial,
         compiled=args.compile,
     ), loop
@@ -187,8 +197,8 @@ def _score(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
         gradient_taps=not args.feature_taps_only,
     )
     recipe = LoopConfig(
-        steps=20000,
-        batch_size=64,
+        steps=6500,
+        batch_size=32,
         lr=1.5e-3,
         warmup_steps=200,
         weight_decay=0.01,
@@ -211,10 +221,25 @@ def _score(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
         frozen.space,
         frozen.sigma,
         loop.batch_size,
+        **_corruption(args, ScoreTask),
         # nothing is learned in the classifier, so it can run in the low precision throughout
         tap_dtype=torch.bfloat16 if loop.precision == "bf16-mixed" else torch.float32,
         compiled=args.compile,
     ), loop
+
+
+def _corruption(args: argparse.Namespace, task: Any) -> dict[str, Any]:
+    """Noise levels and augmentation: the task's own, with what the command line says otherwise."""
+    augment = {"shift": args.shift, "gain": args.gain}
+    levels = {"log_mean": args.log_sigma_mean, "log_std": args.log_sigma_std}
+    return {
+        "augment": dataclasses.replace(task.AUGMENT, **_given(augment)),
+        "levels": dataclasses.replace(task.LEVELS, **_given(levels)),
+    }
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _vocoder(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
@@ -260,7 +285,7 @@ def _loop(args: argparse.Namespace, recipe: LoopConfig) -> LoopConfig:
     """The recipe with what the command line says otherwise; seeds the start of the weights."""
     import torch
 
-    given = {name: getattr(args, name) for name in _TUNED if getattr(args, name) is not None}
+    given = _given({name: getattr(args, name) for name in _TUNED})
     if args.threads is not None:
         given["num_threads"] = args.threads
     loop = dataclasses.replace(recipe, **given)

@@ -24,6 +24,8 @@ class ClassifierTask:
 
     name = "classifier"
     ema = ("classifier",)
+    LEVELS = NoiseLevels(log_mean=-0.4, log_std=1.6)
+    AUGMENT = MelAugment(shift=10, gain=1.0)
 
     def __init__(
         self,
@@ -33,14 +35,13 @@ class ClassifierTask:
         space: MelSpace,
         sigma: SigmaRange,
         batch_size: int,
-        levels: NoiseLevels | None = None,
-        augment: MelAugment | None = None,
+        levels: NoiseLevels = LEVELS,
+        augment: MelAugment = AUGMENT,
         initial: Checkpoint | None = None,
         compiled: bool = False,
     ) -> None:
-        self.levels = levels or NoiseLevels(log_mean=-0.4, log_std=1.6)
-        augment = augment or MelAugment(shift=10, gain=1.0)
-        self.batch_size, self.space, self.sigma, self.mel = batch_size, space, sigma, train.mel
+        self.batch_size, self.levels = batch_size, levels
+        self.space, self.sigma, self.mel = space, sigma, train.mel
         self.train = MelBatches(train, space, augment)
         self.validation = MelBatches(validation, space)
         model = Classifier(config).to(memory_format=torch.channels_last)

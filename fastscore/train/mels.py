@@ -17,8 +17,15 @@ from fastscore.data import MelSet
 class NoiseLevels:
     """Distribution of sigma in training: log-normal, clipped to the range (Karras et al. 2022)."""
 
-    log_mean: float = -0.6
-    log_std: float = 1.4
+    log_mean: float
+    log_std: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.log_mean) and 0 < self.log_std < math.inf):
+            raise ValueError(
+                f"noise levels: log_mean {self.log_mean} must be finite and log_std {self.log_std} "
+                "positive"
+            )
 
     def draw(self, n: int, limits: SigmaRange, rng: torch.Generator) -> Tensor:
         """n noise levels, [n] fp32."""
@@ -32,6 +39,13 @@ class MelAugment:
 
     shift: int = 0
     gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.shift < 0 or not 0 <= self.gain < math.inf:
+            raise ValueError(
+                f"augmentation: shift {self.shift} frames and gain {self.gain} nats must not be "
+                "negative"
+            )
 
 
 def measure_space(mels: MelSet) -> MelSpace:

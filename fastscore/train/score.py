@@ -33,6 +33,8 @@ class ScoreTask:
 
     name = "score"
     ema = ("subnet",)
+    LEVELS = NoiseLevels(log_mean=-0.6, log_std=1.4)
+    AUGMENT = MelAugment(shift=2)
 
     def __init__(
         self,
@@ -43,14 +45,13 @@ class ScoreTask:
         space: MelSpace,
         sigma: SigmaRange,
         batch_size: int,
-        levels: NoiseLevels | None = None,
-        augment: MelAugment | None = None,
+        levels: NoiseLevels = LEVELS,
+        augment: MelAugment = AUGMENT,
         tap_dtype: torch.dtype = torch.float32,
         compiled: bool = False,
     ) -> None:
-        self.levels = levels or NoiseLevels()
-        augment = augment or MelAugment(shift=2)
-        self.batch_size, self.space, self.sigma, self.mel = batch_size, space, sigma, train.mel
+        self.batch_size, self.levels = batch_size, levels
+        self.space, self.sigma, self.mel = space, sigma, train.mel
         self.train = MelBatches(train, space, augment)
         self.validation = MelBatches(validation, space)
         self.tap_dtype, self.compiled = tap_dtype, compiled
