@@ -80,7 +80,7 @@ def _hifigan_preset(config: HifiGanConfig) -> VocoderPreset:
     return VocoderPreset(config, settings, loop)
 
 
-# "digits" is what ships: 75 minutes on one CPU core
+# "digits" is what ships: about an hour of one CPU core
 PRESETS = {
     "digits": VocoderPreset(
         SpectralVocoderConfig(),
