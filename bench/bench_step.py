@@ -13,7 +13,7 @@ from fastscore.denoiser import TapDenoiser
 from fastscore.subnet import ScoreSubnet
 
 # preset, batch, rounds: what a CPU can repeat in some seconds
-WORKLOADS = [("tiny", 1, 40), ("tiny", 16, 8), ("paper", 1, 8)]
+WORKLOADS = [("tiny", 1, 30), ("tiny", 8, 5), ("paper", 1, 5)]
 
 
 def denoiser(preset: str, device: torch.device) -> TapDenoiser:

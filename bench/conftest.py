@@ -1,8 +1,10 @@
 """Device of the benchmarks, and provenance in every JSON they write."""
 
+import os
+
 import pytest
 import torch
-from provenance import machine
+from provenance import machine, processor
 
 
 def pytest_addoption(parser):
@@ -22,6 +24,14 @@ def pytest_configure(config):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["fastscore"] = machine(torch.device(config.getoption("--device")))
+
+
+def pytest_terminal_summary(terminalreporter):
+    load, cores = os.getloadavg()[0], processor()["cores"]
+    if load > cores:
+        terminalreporter.write_line(
+            f"the machine was busy: load {load:.1f} on {cores} cores; these timings mean little"
+        )
 
 
 @pytest.fixture(scope="session")
