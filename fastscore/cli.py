@@ -59,31 +59,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done; 2: refused, with one sentence on stderr; 1: a training diverged; 130: interrupted.
     """
-    args = make_parser().parse_args(arguments)
     with warnings.catch_warnings(), _termination_raises():
         warnings.showwarning = _show_warning
         try:
-            code = args.run(args) or 0
-            # a reader that has gone is noticed here, not when the interpreter ends
-            sys.stdout.flush()
-            return code
+            try:
+                return _run(make_parser().parse_args(arguments))
+            finally:
+                # a reader that has gone is noticed here, not when the interpreter ends
+                sys.stdout.flush()
         except KeyboardInterrupt:
             print("fastscore: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
-        except (ValueError, ImportError, OSError) as error:
-            if args.traceback:
-                raise
-            _complain(str(error))
-            return EXIT_USAGE
-        except RuntimeError as error:
-            # by name, because importing it would load the framework
-            if type(error).__name__ != "DivergenceError" or args.traceback:
-                raise
-            _complain(str(error))
-            return EXIT_FAILED
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the command; its exit code, after a sentence where the command refused."""
+    try:
+        return args.run(args) or 0
+    except BrokenPipeError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        if args.traceback:
+            raise
+        _complain(str(error))
+        return EXIT_USAGE
+    except RuntimeError as error:
+        # by name, because importing it would load the framework
+        if type(error).__name__ != "DivergenceError" or args.traceback:
+            raise
+        _complain(str(error))
+        return EXIT_FAILED
 
 
 @contextmanager

@@ -72,8 +72,8 @@ class Pipeline:
         self.device = usable_device(device)
         self.name = name
         self.defaults = defaults or Defaults()
-        self.batch_size = BATCH_SIZES[self.device.type] if batch_size is None else batch_size
-        whole("batch_size", self.batch_size, 1)
+        size = BATCH_SIZES[self.device.type] if batch_size is None else batch_size
+        self.batch_size = whole("batch_size", size, 1)
         self.mel_config = vocoder.mel_config
         config = classifier.config
         if (config.n_mels, config.frames) != (self.mel_config.n_mels, space.frames):
@@ -200,8 +200,8 @@ class Pipeline:
             nfe=used,
             sampler=asked.spec.name,
             seconds=seconds,
-            seed=seed,
-            first=first,
+            seed=asked.seed,
+            first=asked.first,
         )
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -88,8 +89,10 @@ def make_request(
     )
     interval = defaults.guidance_interval if interval is None else interval
     ids = _label_ids(known, labels, n)
+    seed = int(seed) if isinstance(seed, Integral) and not isinstance(seed, bool) else seed
     seed_tensor([seed])  # says what a seed may be
-    if whole("first", first, 0) + len(ids) > _NUMBERS:
+    first = whole("first", first, 0)
+    if first + len(ids) > _NUMBERS:
         raise ValueError(f"first {first} + {len(ids)} samples exceed 2^32; use another seed")
     return Request(
         spec=spec,
@@ -105,10 +108,11 @@ def make_request(
 
 
 def whole(name: str, value: int, least: int) -> int:
-    """``value`` where it is a whole number of at least ``least``; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """``value`` as int, a whole number of at least ``least``; ValueError otherwise."""
+    # Integral and Real, so that numpy's numbers are taken
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} {value!r} must be a whole number of at least {least}")
-    return value
+    return int(value)
 
 
 def _evaluations(spec: SamplerSpec, defaults: Defaults, steps: int | None, nfe: int | None) -> int:
@@ -138,14 +142,14 @@ def _label_ids(known: Sequence[str], labels: Labels, n: int | None) -> list[int]
 
 
 def _gammas(guidance: float | Sequence[float] | Tensor, n: int) -> list[float]:
-    if isinstance(guidance, Tensor):
+    if hasattr(guidance, "tolist"):  # tensors and arrays
         guidance = guidance.tolist()
     several = isinstance(guidance, list | tuple)
     values = list(guidance) if several else [guidance] * n
     if len(values) != n:
         raise ValueError(f"guidance has {len(values)} entries for {n} samples; give one for each")
     for value in values:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf:
             raise ValueError(
                 f"guidance {value!r} must be a finite number, 0 or more; 0 is unguided, 3 is usual"
