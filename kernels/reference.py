@@ -35,7 +35,7 @@ def norm_act(
     return y.to(x.dtype)
 
 
-def sample_rms(x: Tensor, floor: float = 1e-20) -> Tensor:
+def sample_rms(x: Tensor, floor: float = 1e-30) -> Tensor:
     """Root mean square of every sample, [B, ...] -> [B] fp32, at least ``floor``."""
     # scaled by the largest magnitude first: squares of 1e-25 gradients underflow in fp32
     flat = x.float().flatten(1)
