@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from refusals import refusal
 from small_models import LABELS
 from small_presets import speech_like, write_preset
 from speech_folders import write_folder
@@ -331,3 +332,10 @@ def test_a_pipeline_is_what_an_evaluation_needs(preset):
     assert found.shape == (3,)
     assert (pipe.guidance, pipe.frames, pipe.mel_config.n_mels) == (2.0, 24, 16)
     json.dumps(pipe.describe())
+
+
+def test_recordings_may_be_named_by_the_environment(here, capsys, monkeypatch):
+    monkeypatch.delenv("FASTSCORE_DATA", raising=False)
+    assert "give --data ROOT, or set FASTSCORE_DATA" in refusal(capsys, "evaluate")
+    monkeypatch.setenv("FASTSCORE_DATA", str(here / "absent"))
+    assert "absent" in refusal(capsys, "evaluate", "--dnsmos-clips", "0")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from fastscore.commands.common import DEFAULT_PRESET, add_machine, load_pipeline
+
+DATA_VARIABLE = "FASTSCORE_DATA"
 
 
 def add_parser(commands: Any) -> None:
@@ -25,9 +28,9 @@ def add_parser(commands: Any) -> None:
         "--data",
         type=Path,
         nargs="+",
-        required=True,
         metavar="ROOT",
-        help="folders LABEL/SPEAKER_nohash_TAKE.EXT whose test splits are the recordings",
+        help="folders LABEL/SPEAKER_nohash_TAKE.EXT whose test splits are the recordings "
+        f"(default: those in ${DATA_VARIABLE}, separated as in $PATH)",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the report there")
     parser.add_argument("--n", type=int, default=500, help="samples a row (default: 500)")
@@ -67,9 +70,19 @@ def run(args: argparse.Namespace) -> None:
         asr_clips=args.asr_clips,
         progress=not args.quiet,
     )
+    roots = args.data or _named_by_environment()
     pipeline = load_pipeline(args, args.batch_size)
     pipeline.warm_up()
-    report = evaluate(pipeline, args.data, settings, args.out, args.cache_dir)
+    report = evaluate(pipeline, roots, settings, args.out, args.cache_dir)
     print(report.to_text())
     if args.out is not None:
         print(f"\nwritten to {args.out}")
+
+
+def _named_by_environment() -> list[Path]:
+    roots = [Path(root) for root in os.environ.get(DATA_VARIABLE, "").split(os.pathsep) if root]
+    if not roots:
+        raise ValueError(
+            f"no recordings were named; give --data ROOT, or set {DATA_VARIABLE} to such folders"
+        )
+    return roots
