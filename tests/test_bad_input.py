@@ -209,7 +209,6 @@ class TestRequests:
             ["classify"],
             ["vocode", "a.wav"],
             ["train"],
-            ["evaluate", "digits"],
         ],
     )
     def test_command_lines_that_cannot_be_read(self, arguments, refused):
