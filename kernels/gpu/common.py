@@ -1,0 +1,135 @@
+"""Pieces that several kernels share. Only triton.jit functions: they run on the device."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# whether kernels run under Triton's interpreter: read once, as triton itself does when it decorates
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def at_position(n, c, C: tl.constexpr, N, LAST: tl.constexpr):
+    """Offset inside one dense sample of channels ``c`` at positions ``n``."""
+    if LAST:
+        return n * C + c
+    else:
+        return c * N + n
+
+
+@triton.jit
+def channel_moments(
+    x,
+    c,
+    c_mask,
+    start,
+    stop,
+    C: tl.constexpr,
+    N,
+    LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Mean and centred sum of squares of every channel over positions start .. stop.
+
+    Sums run over differences from the first tile's mean, so a large mean costs no digits; with
+    WIDE squares are fp64, whose range holds those of any fp32 number.
+    """
+    n = start + tl.arange(0, BLOCK_N)
+    mask = (n < stop)[:, None] & c_mask[None, :]
+    tile = tl.load(x + at_position(n[:, None], c[None, :], C, N, LAST), mask=mask, other=0.0)
+    tile = tile.to(tl.float32)
+    shift = tl.sum(tile, axis=0) / (tl.minimum(stop - start, BLOCK_N) * 1.0)
+    d = tl.where(mask, tile - shift[None, :], 0.0)
+    total = d
+    if WIDE:
+        squares = d.to(tl.float64) * d.to(tl.float64)
+    else:
+        squares = d * d
+    for at in range(start + BLOCK_N, stop, BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)
+        mask = (n < stop)[:, None] & c_mask[None, :]
+        tile = tl.load(x + at_position(n[:, None], c[None, :], C, N, LAST), mask=mask, other=0.0)
+        d = tl.where(mask, tile.to(tl.float32) - shift[None, :], 0.0)
+        total += d
+        if WIDE:
+            squares += d.to(tl.float64) * d.to(tl.float64)
+        else:
+            squares += d * d
+    return finish_moments(shift, total, squares, (stop - start) * 1.0, WIDE)
+
+
+@triton.jit
+def finish_moments(shift, total, squares, count, WIDE: tl.constexpr):
+    """Channel moments from sums over positions of differences from ``shift``."""
+    s1 = tl.sum(total, axis=0)
+    s2 = tl.sum(squares, axis=0)
+    mean = shift + s1 / count
+    if WIDE:
+        m2 = s2 - s1.to(tl.float64) * s1.to(tl.float64) / count
+    else:
+        m2 = s2 - s1 * s1 / count
+    return mean, tl.maximum(m2, 0.0)
+
+
+@triton.jit
+def membership(c_mask, CPG: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """[BLOCK_C, BLOCK_G]: whether a program's channel belongs to its group."""
+    group = tl.arange(0, BLOCK_C) // CPG
+    return (group[:, None] == tl.arange(0, BLOCK_G)[None, :]) & c_mask[:, None]
+
+
+@triton.jit
+def gather(per_channel, member):
+    """Sums over each group's channels, [BLOCK_C] -> [BLOCK_G]."""
+    return tl.sum(tl.where(member, per_channel[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def spread(per_group, member):
+    """Every channel's group's number, [BLOCK_G] -> [BLOCK_C]."""
+    return tl.sum(tl.where(member, per_group[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def group_moments(mean, m2, member, count, CPG: tl.constexpr):
+    """Moments of groups from those of their channels, ``count`` positions each."""
+    group_mean = gather(mean, member) / CPG
+    d = mean - spread(group_mean, member)
+    return group_mean, gather(m2 + d * d * count, member)
+
+
+@triton.jit
+def combine_moments(means, m2s, splits, chunk, N, per_position, BLOCK_S: tl.constexpr):
+    """Moments of whole groups from those of ``splits`` stretches of ``chunk`` positions.
+
+    means, m2s [BLOCK_S, BLOCK_G], zero beyond ``splits``; the last stretch may be shorter;
+    ``per_position`` numbers a position.
+    """
+    s = tl.arange(0, BLOCK_S)
+    positions = tl.maximum(tl.minimum(N - s * chunk, chunk), 0)
+    count = (tl.where(s < splits, positions, 0) * per_position).to(means.dtype)
+    mean = tl.sum(means * count[:, None], axis=0) / tl.sum(count, axis=0)
+    d = means - mean[None, :]
+    return mean, tl.sum(m2s + d * d * count[:, None], axis=0)
+
+
+@triton.jit
+def sigmoid(z):
+    """Logistic function; exp overflows to infinity, whose inverse is the right limit."""
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def load_affine(weight, bias, film, film_stride, b, c, c_mask, C: tl.constexpr, FILM: tl.constexpr):
+    """Factor and summand that follow the normalisation, [BLOCK_C] fp32 each."""
+    factor = tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float32)
+    summand = tl.load(bias + c, mask=c_mask, other=0.0).to(tl.float32)
+    if FILM:
+        row = film + b * film_stride
+        scale = 1.0 + tl.load(row + c, mask=c_mask, other=0.0).to(tl.float32)
+        shift = tl.load(row + C + c, mask=c_mask, other=0.0).to(tl.float32)
+        factor = factor * scale
+        summand = summand * scale + shift
+    return factor, summand

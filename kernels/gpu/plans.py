@@ -1,0 +1,119 @@
+"""Block sizes and splits of the normalising kernels: the deterministic rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastscore_kernels.gpu.launch import ceil_div, choose, device_of, is_last, power_of_two
+from torch import Tensor
+
+# bytes that memory moves at least for one access
+_SECTOR = 32
+# elements of one tile, and of the largest that a program keeps in registers
+_TILE = 4096
+_WHOLE = 16384
+# a lone program reads this much before splitting its positions pays for a second launch
+_SPLIT_ABOVE = 8192
+_MAX_SPLITS = 128
+_MAX_CHANNELS = 1024
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """How one normalising operation is cut into programs.
+
+    bundle groups and, with splits > 1, chunk positions a program; whole: a program keeps all its
+    numbers in registers.
+    """
+
+    bundle: int
+    splits: int
+    chunk: int
+    whole: bool
+    block_n: int
+    block_c: int
+    block_g: int
+    block_s: int
+    warps: int
+
+
+def plan_norm(op: str, x: Tensor, groups: int, rows: int) -> NormPlan:
+    """Plan for x [B, C, H, W] in ``groups`` groups, with ``rows`` samples to work on."""
+    channels, positions = int(x.shape[1]), int(x.shape[2] * x.shape[3])
+    per_group = channels // groups
+    last, device = is_last(x), device_of(x)
+    bundle = _narrow(groups, per_group, x.element_size()) if last else 1
+    programs = int(rows) * (groups // bundle)
+    size = bundle * per_group * positions
+    split = programs < device.multiprocessors and size > _SPLIT_ABOVE
+    if split and last:
+        bundle = _wide(groups, per_group)
+    if split:
+        rule = _split_rule(positions, per_group * bundle, last)
+        bundles = int(rows) * (groups // bundle)
+        rule["splits"] = ceil_div(2 * device.multiprocessors, bundles)
+    else:
+        rule = _whole_rule(positions, per_group * bundle, last)
+    rule["bundle"] = bundle
+    shape = {
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "rows": int(rows),
+        "channels": channels,
+        "positions": positions,
+        "groups": groups,
+        "last": int(last),
+    }
+    return _checked(choose(op, device, shape, rule), channels, groups, positions)
+
+
+def _narrow(groups: int, per_group: int, itemsize: int) -> int:
+    """Fewest groups whose channels at one position fill a sector."""
+    divisors = [d for d in range(1, groups + 1) if groups % d == 0]
+    return next((d for d in divisors if d * per_group * itemsize >= _SECTOR), groups)
+
+
+def _wide(groups: int, per_group: int) -> int:
+    """Most groups whose channels fit in one tile."""
+    divisors = [d for d in range(groups, 0, -1) if groups % d == 0]
+    return next((d for d in divisors if d * per_group <= _MAX_CHANNELS), 1)
+
+
+def _split_rule(positions: int, channels: int, last: bool) -> dict[str, int]:
+    block_n = max(1, _TILE // power_of_two(channels))
+    if not last:
+        block_n = max(64, block_n)
+    return {"block_n": min(block_n, power_of_two(positions)), "warps": 4, "splits": 1}
+
+
+def _whole_rule(positions: int, channels: int, last: bool) -> dict[str, int]:
+    block_c, block_n = power_of_two(channels), power_of_two(positions)
+    if block_c * block_n > _WHOLE:
+        block_n = max(1, min(block_n, 2 * _TILE // block_c))
+        if not last:
+            block_n = min(power_of_two(positions), max(64, block_n))
+    warps = max(1, min(16, block_c * block_n // 1024))
+    return {"block_n": block_n, "warps": warps, "splits": 1}
+
+
+def _checked(chosen: dict[str, int], channels: int, groups: int, positions: int) -> NormPlan:
+    bundle, block_n = chosen["bundle"], power_of_two(chosen["block_n"])
+    if bundle < 1 or groups % bundle:
+        raise ValueError(f"bundle {bundle} must divide {groups} groups")
+    most = max(1, min(chosen["splits"], _MAX_SPLITS, ceil_div(positions, block_n)))
+    # whole tiles a stretch, then only as many stretches as hold a position
+    chunk = ceil_div(ceil_div(positions, most), block_n) * block_n
+    splits = ceil_div(positions, chunk)
+    return NormPlan(
+        bundle=bundle,
+        splits=splits,
+        chunk=chunk,
+        whole=splits == 1 and block_n >= positions,
+        block_n=block_n,
+        block_c=power_of_two(bundle * (channels // groups)),
+        block_g=power_of_two(bundle),
+        block_s=power_of_two(splits),
+        warps=chosen["warps"],
+    )
+
+
+__all__ = ["NormPlan", "plan_norm"]
