@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig
-from fastscore.layers import NoiseEmbedding, NormAct, ResBlock
+from fastscore.layers import NoiseEmbedding, NormAct, Pull, ResBlock, chain, linearize_conv
+
+# cotangents of the logits to cotangents of all taps, shallowest first
+PullTaps = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Stage(nn.Module):
@@ -32,13 +37,25 @@ class Stage(nn.Module):
             h = block(h, emb)
         return h
 
+    def linearize(self, h: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
+        """``forward`` without dropout and its pull-back to h."""
+        pulls = []
+        if self.down is not None:
+            h, pull = linearize_conv(self.down, h)
+            pulls.append(pull)
+        for block in self.blocks:
+            h, pull = block.linearize(h, emb)
+            pulls.append(pull)
+        return h, chain(pulls)
+
 
 class Classifier(nn.Module):
     """Residual classifier f(c_in x, c_noise) -> logits, with one tap a stage.
 
     It is split at its shallowest tap: ``lower`` maps the input to that tap and ``upper`` maps the
     tap to the logits, so that gradient taps never cost a pass below it. Any module with
-    ``config``, ``embed``, ``lower`` and ``upper`` of these signatures can take its place.
+    ``config``, ``embed``, ``lower`` and ``upper`` of these signatures can take its place; with
+    ``linearize_lower`` and ``linearize_upper`` besides, no transform of PyTorch's is needed.
     """
 
     def __init__(self, config: ClassifierConfig) -> None:
@@ -80,6 +97,40 @@ class Classifier(nn.Module):
             taps.append(h)
         pooled = self.norm(h).mean(dim=(2, 3))
         return self.head(pooled), tuple(taps)
+
+    def linearize_lower(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
+        """``lower`` without dropout and its pull-back to x."""
+        h, pull_stem = linearize_conv(self.stem, F.pixel_unshuffle(x, self.config.patch))
+        h, pull_stage = self.stages[0].linearize(h + self.band.to(h.dtype), emb)
+
+        def pull(grad: Tensor) -> Tensor:
+            return F.pixel_shuffle(pull_stem(pull_stage(grad)), self.config.patch)
+
+        return h, pull
+
+    def linearize_upper(
+        self, h: Tensor, emb: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], PullTaps]:
+        """``upper`` without dropout: logits, taps, and the pull-back of logits to all taps."""
+        taps, pulls = [h], []
+        for stage in self.stages[1:]:
+            h, pull = stage.linearize(h, emb)
+            taps.append(h)
+            pulls.append(pull)
+        y, pull_norm = self.norm.linearize(h)
+        size = y.shape[2] * y.shape[3]
+
+        def pull_taps(grad: Tensor) -> tuple[Tensor, ...]:
+            pooled = (grad @ self.head.weight / size)[:, :, None, None]
+            # channels-last whatever y is: a dense cotangent is all that its pull-back asks for
+            spread = pooled.expand(-1, -1, *y.shape[2:])
+            spread = spread.contiguous(memory_format=torch.channels_last)
+            found = [pull_norm(spread)]
+            for pull in reversed(pulls):
+                found.append(pull(found[-1]))
+            return tuple(reversed(found))
+
+        return self.head(y.mean(dim=(2, 3))), tuple(taps), pull_taps
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """Logits [B, K] of x = c_in (x0 + sigma eps) [B, 1, n_mels, frames] and c_noise [B]."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from fastscore_kernels import norm_act
+from fastscore_kernels import norm_act, norm_act_backward, norm_act_forward, resolve
 from torch import Tensor, nn
+
+# the pull-back of a linear map: cotangents of its output, any number for each sample (row i belongs
+# to sample i % B), to cotangents of its input
+Pull = Callable[[Tensor], Tensor]
 
 
 class NoiseEmbedding(nn.Module):
@@ -34,11 +39,13 @@ class NoiseEmbedding(nn.Module):
 class NormAct(nn.Module):
     """GroupNorm, optional FiLM from an embedding, SiLU; one fused operation.
 
-    x [B, C, H, W], emb [B, E] -> [B, C, H, W] in x's dtype, statistics in fp32.
+    x [B, C, H, W], emb [B, E] -> [B, C, H, W] in x's dtype, statistics in fp32. ``backend`` names
+    the implementation (`fastscore_kernels.BACKENDS`); None takes the best one of x's device.
     """
 
     def __init__(self, channels: int, groups: int, emb_dim: int | None = None) -> None:
         super().__init__()
+        self.backend: str | None = None
         self.groups = groups
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -48,8 +55,21 @@ class NormAct(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """Normalise, modulate and activate."""
-        scale, shift = (None, None) if self.film is None else self.film(emb).chunk(2, dim=1)
-        return norm_act(x, self.groups, self.weight, self.bias, scale, shift)
+        film = None if self.film is None else self.film(emb)
+        return norm_act(x, self.groups, self.weight, self.bias, film, backend=self.backend)
+
+    def linearize(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Pull]:
+        """``forward`` and its pull-back to x."""
+        film = None if self.film is None else self.film(emb)
+        parameters = self.weight, self.bias, film
+        y, stats = norm_act_forward(x, self.groups, *parameters, backend=self.backend)
+
+        def pull(grad: Tensor) -> Tensor:
+            return norm_act_backward(
+                grad, x, stats, self.groups, *parameters, backend=self.backend
+            )[0]
+
+        return y, pull
 
 
 class ResBlock(nn.Module):
@@ -71,6 +91,53 @@ class ResBlock(nn.Module):
         y = self.conv1(self.norm1(x))
         return x + self.conv2(self.dropout(self.norm2(y, emb)))
 
+    def linearize(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
+        """``forward`` without dropout and its pull-back to x."""
+        y, pull_norm1 = self.norm1.linearize(x)
+        y, pull_conv1 = linearize_conv(self.conv1, y)
+        y, pull_norm2 = self.norm2.linearize(y, emb)
+        y, pull_conv2 = linearize_conv(self.conv2, y)
+
+        def pull(grad: Tensor) -> Tensor:
+            return grad + pull_norm1(pull_conv1(pull_norm2(pull_conv2(grad))))
+
+        return x + y, pull
+
+
+def linearize_conv(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pull]:
+    """A convolution's output and its pull-back to x."""
+
+    def pull(grad: Tensor) -> Tensor:
+        # only its shape, dtype and layout are read; under autocast the convolution was narrower
+        like = x if len(grad) == len(x) else x.repeat(len(grad) // len(x), 1, 1, 1)
+        image = torch.ops.aten.convolution_backward(
+            grad,
+            like.to(grad.dtype),
+            conv.weight.to(grad.dtype),
+            None,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            (0, 0),
+            conv.groups,
+            (True, False, False),
+        )[0]
+        return image.to(x.dtype)
+
+    return conv(x), pull
+
+
+def chain(pulls: Sequence[Pull]) -> Pull:
+    """Pull-back of maps applied one after the other."""
+
+    def pull(grad: Tensor) -> Tensor:
+        for one in reversed(pulls):
+            grad = one(grad)
+        return grad
+
+    return pull
+
 
 def zero_init(layer: nn.Module) -> nn.Module:
     """Zero a layer's weight and bias, so that a residual branch starts as the identity."""
@@ -78,3 +145,16 @@ def zero_init(layer: nn.Module) -> nn.Module:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def set_backend(module: nn.Module, backend: str | None) -> None:
+    """Choose the implementation of every fused operation inside ``module``.
+
+    None, reference, native or triton; ValueError where it cannot run on the module's device.
+    """
+    first = next(module.parameters(), None)
+    if backend is not None and first is not None:
+        resolve(backend, first.device.type)
+    for part in module.modules():
+        if hasattr(part, "backend"):
+            part.backend = backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fastscore_kernels import tap_fuse, tap_norm
+from fastscore_kernels import Norms, Projections, dense, tap_fuse, tap_norm, tap_path
 from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig, SubnetConfig
@@ -24,6 +24,7 @@ class TapFusion(nn.Module):
     ) -> None:
         super().__init__()
         width = config.channels[index]
+        self.backend: str | None = None
         self.heads, self.groups = config.heads, tap_groups
         self.spatial = config.attention[index]
         self.use_feature, self.use_gradient = config.feature_taps, config.gradient_taps
@@ -41,24 +42,43 @@ class TapFusion(nn.Module):
 
     def forward(self, feature: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse the taps of one scale."""
-        f, g, log_rms = tap_norm(
-            feature,
-            gradient,
-            self.groups,
-            self.feature_weight,
-            self.feature_bias,
-            self.gradient_weight,
-            self.gradient_bias,
+        norms = Norms(
+            self.feature_weight, self.feature_bias, self.gradient_weight, self.gradient_bias
         )
-        taps = [t for t, used in ((f, self.use_feature), (g, self.use_gradient)) if used]
-        q = self.query(taps[0]).flatten(2)
-        kv = torch.stack(
-            [m(t).flatten(2) for m, t in zip(self.key_value, taps, strict=True)], dim=1
+        if self.use_feature and self.use_gradient and not _autocasting(feature):
+            first, second = self.key_value
+            layers = (self.query, first, second, self.skip, self.out)
+            projections = Projections(*(p for m in layers for p in (m.weight, m.bias)))
+            return tap_path(
+                feature,
+                gradient,
+                norms,
+                projections,
+                self.groups,
+                self.heads,
+                self.spatial,
+                backend=self.backend,
+            )
+        return self._fuse(feature, gradient, norms)
+
+    def _fuse(self, feature: Tensor, gradient: Tensor, norms: Norms) -> tuple[Tensor, Tensor]:
+        """One scale operation by operation: any taps in use, and autocast for training."""
+        taps, log_rms = tap_norm(feature, gradient, self.groups, *norms, backend=self.backend)
+        c = feature.shape[1]
+        used = slice(0 if self.use_feature else c, 2 * c if self.use_gradient else c)
+        halves = taps[:, used].split(c, dim=1)
+        query, *tokens = (
+            dense(m(t))
+            for m, t in zip((self.query, *self.key_value), (halves[0], *halves), strict=True)
         )
-        k, v = kv.chunk(2, dim=2)
-        fused = tap_fuse(q, k, v, self.heads, self.spatial)
-        fused = fused.reshape(q.shape[0], q.shape[1], *feature.shape[2:])
-        return self.skip(torch.cat(taps, dim=1)) + self.out(fused), log_rms
+        second = tokens[1] if len(tokens) > 1 else None
+        fused = tap_fuse(query, tokens[0], second, self.heads, self.spatial, self.backend)
+        return self.skip(taps[:, used]) + self.out(fused), log_rms
+
+
+def _autocasting(t: Tensor) -> bool:
+    kind = t.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class Upsample(nn.Module):

@@ -7,12 +7,14 @@ asks for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastscore.classifier import Classifier
+from fastscore.classifier import Classifier, PullTaps
+from fastscore.layers import Pull
 
 
 class Taps(NamedTuple):
@@ -38,15 +40,18 @@ def read_taps(
     same forward pass, with respect to the scaled input; a label of -1 yields zero for its sample.
     """
     emb = classifier.embed(c_noise)
+    own = hasattr(classifier, "linearize_lower") and hasattr(classifier, "linearize_upper")
+    lower, upper = (
+        (classifier.linearize_lower, classifier.linearize_upper)
+        if own
+        else (_transform_lower(classifier), _transform_upper(classifier))
+    )
     pull_lower = None
     if label is None:
         h = classifier.lower(x, emb)
     else:
-        h, pull_lower = torch.func.vjp(lambda t: classifier.lower(t, emb), x)
-    zeros = _zero_perturbations(classifier, h)
-    logits, pull_upper, features = torch.func.vjp(
-        lambda *perturb: classifier.upper(h, emb, perturb), *zeros, has_aux=True
-    )
+        h, pull_lower = lower(x, emb)
+    logits, features, pull_upper = upper(h, emb)
     p = logits.float().softmax(dim=1)
     gradients = pull_upper(p.to(logits.dtype))
     guidance = None
@@ -54,9 +59,32 @@ def read_taps(
         classes = torch.arange(logits.shape[1], device=label.device)
         cotangent = (classes == label[:, None]).float() - p
         cotangent = cotangent * (label >= 0).float()[:, None]
-        # the perturbation of the shallowest tap carries the whole cotangent that reaches it
-        (guidance,) = pull_lower(pull_upper(cotangent.to(logits.dtype))[0])
+        # the shallowest tap carries the whole cotangent
+        guidance = pull_lower(pull_upper(cotangent.to(logits.dtype))[0])
     return Taps(logits, features, gradients, guidance)
+
+
+def _transform_lower(classifier: Classifier) -> Callable:
+    """``linearize_lower`` of any classifier, by torch.func.vjp."""
+
+    def linearize(x: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
+        h, pull = torch.func.vjp(lambda t: classifier.lower(t, emb), x)
+        return h, lambda grad: pull(grad)[0]
+
+    return linearize
+
+
+def _transform_upper(classifier: Classifier) -> Callable:
+    """``linearize_upper`` of any classifier, by torch.func.vjp with respect to perturbations."""
+
+    def linearize(h: Tensor, emb: Tensor) -> tuple[Tensor, tuple[Tensor, ...], PullTaps]:
+        zeros = _zero_perturbations(classifier, h)
+        logits, pull, features = torch.func.vjp(
+            lambda *perturb: classifier.upper(h, emb, perturb), *zeros, has_aux=True
+        )
+        return logits, features, pull
+
+    return linearize
 
 
 def _zero_perturbations(classifier: Classifier, h: Tensor) -> list[Tensor]:

@@ -1,8 +1,30 @@
-"""Operations between the convolutions: normalisation, tap normalisation and attention fusion.
+"""Operations between the convolutions: normalisation, tap normalisation, attention fusion, solver.
 
-The public entry points; ``reference`` holds their semantics in plain PyTorch.
+Each has a plain PyTorch definition in ``reference``, compiled CPU kernels (``native``) and Triton
+kernels (``triton``); ``backend=`` chooses, `available` tells what is there.
 """
 
-from fastscore_kernels.reference import norm_act, sample_rms, tap_fuse, tap_norm
+from fastscore_kernels.backends import BACKENDS, available, resolve
+from fastscore_kernels.norm_act import norm_act, norm_act_backward, norm_act_forward
+from fastscore_kernels.registration import dense
+from fastscore_kernels.solver_step import normals, solver_step
+from fastscore_kernels.tap_fuse import tap_fuse
+from fastscore_kernels.tap_norm import tap_norm
+from fastscore_kernels.tap_path import Norms, Projections, tap_path
 
-__all__ = ["norm_act", "sample_rms", "tap_fuse", "tap_norm"]
+__all__ = [
+    "BACKENDS",
+    "Norms",
+    "Projections",
+    "available",
+    "dense",
+    "norm_act",
+    "norm_act_backward",
+    "norm_act_forward",
+    "normals",
+    "resolve",
+    "solver_step",
+    "tap_fuse",
+    "tap_norm",
+    "tap_path",
+]

@@ -129,16 +129,50 @@ def test_gradient_taps_need_no_derivative_below_the_shallowest_tap(monkeypatch):
     classifier = small_classifier()
     x, sigma = inputs(2)
     expected = read_taps(classifier, x, sigma)
-    lower = classifier.lower
 
-    def opaque(x, emb):
-        return torch.from_numpy(lower(x, emb).detach().numpy())
+    def refuse(x, emb):
+        raise RuntimeError("differentiated below the shallowest tap")
 
-    monkeypatch.setattr(classifier, "lower", opaque)
+    monkeypatch.setattr(classifier, "linearize_lower", refuse)
     actual = read_taps(classifier, x, sigma)
     assert all(map(torch.equal, actual.gradients, expected.gradients))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="below the shallowest"):
         read_taps(classifier, x, sigma, torch.tensor([0, 1]))
+
+
+class Transformed(nn.Module):
+    """A classifier that does not know its own derivatives."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.config, self.embed = classifier.config, classifier.embed
+        self.lower, self.upper = classifier.lower, classifier.upper
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_own_derivatives_equal_the_transforms_of_pytorch(dtype, monkeypatch):
+    keep_double(monkeypatch)
+    classifier = small_classifier().to(dtype)
+    x, sigma = inputs(5)
+    x, c_noise, label = x.to(dtype), sigma.log().to(dtype) / 4, torch.tensor(LABEL_SETS["mixed"])
+    actual = read_taps(classifier, x, c_noise, label)
+    expected = read_taps(Transformed(classifier), x, c_noise, label)
+    assert_taps_close(actual, expected, 1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_two_cotangents_of_each_sample_go_back_in_one_pass():
+    classifier = small_classifier()
+    x, sigma = inputs(3)
+    emb = classifier.embed(sigma.log() / 4)
+    h, pull_lower = classifier.linearize_lower(x, emb)
+    logits, _, pull_upper = classifier.linearize_upper(h, emb)
+    first, second = torch.randn_like(logits), torch.randn_like(logits)
+    both = pull_upper(torch.cat((first, second)))
+    for together, *apart in zip(both, pull_upper(first), pull_upper(second), strict=True):
+        torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-6)
+    together = pull_lower(both[0])
+    apart = [pull_lower(pull_upper(c)[0]) for c in (first, second)]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-6)
 
 
 def test_cost_is_one_forward_and_one_or_two_vjps():

@@ -1,0 +1,235 @@
+"""Calls into the compiled library of CPU kernels: pointers and strides of checked tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from fastscore_kernels import library
+from torch import Tensor
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def _function(name: str) -> ctypes._CFuncPtr:
+    return getattr(library.native(), name)
+
+
+def _call(name: str, *args: object) -> None:
+    code = _function(name)(*args)
+    if code:
+        library.raise_error(name, code)
+
+
+def _strides(t: Tensor) -> tuple[int, int, int]:
+    """Batch, channel and position strides of a dense [B, C, H, W]."""
+    _, c, h, w = t.shape
+    n = h * w
+    # strides of axes of length one mean nothing, so they are not asked
+    return (c * n, n, 1) if t.is_contiguous() else (c * n, 1, c)
+
+
+def _tokens(t: Tensor) -> tuple[int, int]:
+    """Batch and position strides of a channels-last [B, C, H, W]."""
+    _, c, h, w = t.shape
+    return c * h * w, c
+
+
+def _film(film: Tensor | None) -> tuple[Tensor | None, int | None, int, int]:
+    """FiLM with its columns side by side, and its pointer, row stride and type."""
+    if film is None:
+        return None, None, 0, 0
+    if film.stride(1) != 1:
+        film = film.contiguous()
+    return film, film.data_ptr(), film.stride(0), _CODES[film.dtype]
+
+
+def norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, act: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Kernel of ``fastscore_native::norm_act``."""
+    b, c, h, w = x.shape
+    y = torch.empty_like(x)
+    stats = torch.empty((2, b, groups))
+    mean = stats.data_ptr()
+    kept, *modulation = _film(film)
+    _call(
+        "fs_norm_act",
+        *(x.data_ptr(), *_strides(x), y.data_ptr(), *_strides(y), _CODES[x.dtype]),
+        *(weight.data_ptr(), bias.data_ptr(), _CODES[weight.dtype], *modulation),
+        *(mean, mean + 4 * b * groups, b, c, h * w, groups, act, eps),
+    )
+    del kept
+    return y, stats
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    act: bool,
+) -> tuple[Tensor, Tensor]:
+    """Kernel of ``fastscore_native::norm_act_backward``."""
+    b, c, h, w = x.shape
+    rows = len(grad)
+    grad_x = torch.empty_like(grad)
+    sums = torch.empty((2, rows, c))
+    mean = stats.data_ptr()
+    kept, *modulation = _film(film)
+    _call(
+        "fs_norm_act_backward",
+        *(grad.data_ptr(), *_strides(grad), x.data_ptr(), *_strides(x)),
+        *(grad_x.data_ptr(), *_strides(grad_x), _CODES[x.dtype]),
+        *(weight.data_ptr(), bias.data_ptr(), _CODES[weight.dtype], *modulation),
+        *(mean, mean + 4 * b * groups, sums.data_ptr()),
+        *(b, rows // b, c, h * w, groups, act),
+    )
+    del kept
+    return grad_x, sums
+
+
+def tap_norm(
+    feature: Tensor,
+    gradient: Tensor,
+    groups: int,
+    feature_weight: Tensor,
+    feature_bias: Tensor,
+    gradient_weight: Tensor,
+    gradient_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel of ``fastscore_native::tap_norm``."""
+    b, c, h, w = feature.shape
+    taps = torch.empty((b, 2 * c, h, w), dtype=feature.dtype, memory_format=torch.channels_last)
+    log_rms, stats = torch.empty(b), torch.empty((b, groups, 4))
+    _call(
+        "fs_tap_norm",
+        *(feature.data_ptr(), *_strides(feature), gradient.data_ptr(), *_strides(gradient)),
+        *(taps.data_ptr(), *_tokens(taps), _CODES[feature.dtype]),
+        *(feature_weight.data_ptr(), feature_bias.data_ptr()),
+        *(gradient_weight.data_ptr(), gradient_bias.data_ptr(), _CODES[feature_weight.dtype]),
+        *(log_rms.data_ptr(), stats.data_ptr(), b, c, h * w, groups, eps),
+    )
+    return taps, log_rms, stats
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _optional(t: Tensor | None) -> tuple[int | None, int, int]:
+    return (None, 0, 0) if t is None else (t.data_ptr(), *_tokens(t))
+
+
+def tap_fuse(q: Tensor, first: Tensor, second: Tensor | None, heads: int, spatial: bool) -> Tensor:
+    """Kernel of ``fastscore_native::tap_fuse``; other layouts are brought to channels-last."""
+    b, c, h, w = q.shape
+    layout = q
+    q, first = _channels_last(q), _channels_last(first)
+    second = None if second is None else _channels_last(second)
+    out = torch.empty_like(q)
+    _call(
+        "fs_tap_fuse",
+        *(q.data_ptr(), *_tokens(q), first.data_ptr(), *_tokens(first), *_optional(second)),
+        *(out.data_ptr(), *_tokens(out), _CODES[q.dtype], b, c, h * w, heads, spatial),
+    )
+    return _restore(out, layout)
+
+
+def tap_fuse_backward(
+    grad: Tensor, q: Tensor, first: Tensor, second: Tensor | None, heads: int, spatial: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernel of ``fastscore_native::tap_fuse_backward``; without a second tap its part is empty."""
+    b, c, h, w = q.shape
+    layouts = q, first, second
+    grad, q, first = _channels_last(grad), _channels_last(q), _channels_last(first)
+    second = None if second is None else _channels_last(second)
+    outputs = torch.empty_like(q), torch.empty_like(first)
+    third = q.new_empty(0) if second is None else torch.empty_like(second)
+    _call(
+        "fs_tap_fuse_backward",
+        *(grad.data_ptr(), *_tokens(grad), q.data_ptr(), *_tokens(q)),
+        *(first.data_ptr(), *_tokens(first), *_optional(second)),
+        *(outputs[0].data_ptr(), *_tokens(q), outputs[1].data_ptr(), *_tokens(first)),
+        *(_optional(None if second is None else third)),
+        *(_CODES[q.dtype], b, c, h * w, heads, spatial),
+    )
+    return (
+        _restore(outputs[0], layouts[0]),
+        _restore(outputs[1], layouts[1]),
+        third if layouts[2] is None else _restore(third, layouts[2]),
+    )
+
+
+def _restore(t: Tensor, layout: Tensor) -> Tensor:
+    """``t`` in the memory format of ``layout``, whose strides the fake kernel promises."""
+    if t.stride() == layout.stride():
+        return t
+    return torch.empty_like(layout).copy_(t)
+
+
+def tap_path(
+    feature: Tensor,
+    gradient: Tensor,
+    norms: list[Tensor],
+    weights: list[Tensor],
+    groups: int,
+    heads: int,
+    spatial: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Kernel of ``fastscore_native::tap_path``."""
+    b, c, h, w = feature.shape
+    feature, gradient = _channels_last(feature), _channels_last(gradient)
+    width = weights[0].shape[0]
+    out = torch.empty((b, width, h, w), dtype=feature.dtype, memory_format=torch.channels_last)
+    log_rms = torch.empty(b)
+    _call(
+        "fs_tap_path",
+        *(feature.data_ptr(), *_tokens(feature), gradient.data_ptr(), *_tokens(gradient)),
+        *(out.data_ptr(), *_tokens(out), _CODES[feature.dtype]),
+        *(p.data_ptr() for p in (*norms, *weights)),
+        *(_CODES[weights[0].dtype], log_rms.data_ptr()),
+        *(b, c, width, h * w, groups, heads, spatial, eps),
+    )
+    return out, log_rms
+
+
+def solver_step(
+    x: Tensor,
+    raw: Tensor | None,
+    guidance: Tensor | None,
+    denoised: Tensor | None,
+    old: Tensor | None,
+    coefficients: Tensor,
+    counters: Tensor | None,
+    draw: int,
+) -> tuple[Tensor, Tensor]:
+    """Kernel of ``fastscore_native::solver_step``."""
+    following, x0 = torch.empty_like(x), torch.empty_like(x)
+    kind = 0 if raw is None else _CODES[raw.dtype]
+    pointers = [None if t is None else t.data_ptr() for t in (x, raw, guidance)]
+    others = [None if t is None else t.data_ptr() for t in (denoised, old, coefficients, counters)]
+    _call(
+        "fs_solver_step",
+        *(*pointers, kind, *others, draw),
+        *(following.data_ptr(), x0.data_ptr(), len(x), x.numel() // len(x)),
+    )
+    return following, x0
+
+
+def normals(seeds: Tensor, samples: Tensor, steps: Tensor, size: int, draw: int) -> Tensor:
+    """Kernel of ``fastscore_native::normals``."""
+    out = torch.empty(len(steps), len(seeds), size)
+    _call(
+        "fs_normals",
+        *(seeds.data_ptr(), samples.data_ptr(), steps.data_ptr(), draw, out.data_ptr()),
+        *(len(steps), len(seeds), size),
+    )
+    return out

@@ -1,0 +1,233 @@
+"""GroupNorm, FiLM and SiLU in one pass, and its vector-Jacobian product."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from fastscore_kernels import checks, cpu, reference
+from fastscore_kernels.backends import choose
+from fastscore_kernels.registration import (
+    batch,
+    define,
+    define_triton,
+    differentiate,
+    once_differentiable,
+    vectorise,
+)
+from torch import Tensor
+
+_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? film, int groups, bool act, float eps) "
+    "-> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor grad, Tensor x, Tensor stats, Tensor weight, Tensor bias, Tensor? film, int groups, "
+    "bool act) -> (Tensor, Tensor)"
+)
+
+
+def norm_act(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None = None,
+    act: bool = True,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Group normalisation with affine, optional FiLM, optional SiLU; differentiable.
+
+    x [B, C, H, W] fp32, bf16 or fp16, contiguous or channels-last; weight, bias [C] and film
+    [B, 2 C] (scale, then shift) fp32 or of x's dtype. Returns, like x,
+    act((1 + scale) * (weight * (x - mean) * rstd + bias) + shift), statistics in fp32 (Wu and He
+    2018; Perez et al. 2018). ValueError names the argument that does not fit, or what a backend
+    that is not there needs.
+    """
+    return norm_act_forward(x, groups, weight, bias, film, act, eps, backend)[0]
+
+
+def norm_act_forward(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None = None,
+    act: bool = True,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`norm_act` and stats [2, B, groups] fp32, means and reciprocal deviations, for its VJP."""
+    checks.activation("norm_act", "x", x)
+    _check_parameters(x, groups, weight, bias, film)
+    chosen = choose(backend, x)
+    if chosen == "reference":
+        return reference.norm_act(x, weight, bias, film, groups, act, eps)
+    return _operators(chosen)[0](x, weight, bias, film, groups, act, eps)
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None = None,
+    act: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Vector-Jacobian product of `norm_act`, several cotangents of each sample at once.
+
+    grad [R B, C, H, W]: row i belongs to sample i % B of x; stats as `norm_act_forward` gave them.
+    Returns the cotangents of x [R B, C, H, W] and sums [2, R B, C] fp32 over positions of dz and of
+    dz * xhat, dz the cotangent of what enters the activation and xhat = (x - mean) * rstd: those of
+    the parameters follow from them. ValueError as for `norm_act`.
+    """
+    checks.activation("norm_act", "x", x)
+    _check_parameters(x, groups, weight, bias, film)
+    checks.activation("norm_act", "grad", grad)
+    checks.placed("norm_act", "grad", grad, "x", x)
+    if grad.shape[1:] != x.shape[1:] or grad.shape[0] % x.shape[0]:
+        raise ValueError(
+            f"norm_act: grad has shape {tuple(grad.shape)}; expected that of x, {tuple(x.shape)}, "
+            "or a multiple of its batch"
+        )
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    expected = (2, x.shape[0], groups)
+    if stats.shape != expected or stats.dtype != kind or not stats.is_contiguous():
+        raise ValueError(
+            f"norm_act: stats is {stats.dtype} of shape {tuple(stats.shape)} and strides "
+            f"{stats.stride()}; expected contiguous {kind} {expected}"
+        )
+    chosen = choose(backend, x)
+    if chosen == "reference":
+        return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act)
+    return _operators(chosen)[1](grad, x, stats, weight, bias, film, groups, act)
+
+
+def _check_parameters(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, film: Tensor | None
+) -> None:
+    channels = x.shape[1]
+    checks.dividing("norm_act", "groups", groups, channels)
+    checks.parameters("norm_act", x, (channels,), weight=weight, bias=bias)
+    if film is not None:
+        checks.floating("norm_act", "film", film)
+        checks.on_device("norm_act", "film", film, "x", x)
+        expected = (x.shape[0], 2 * channels)
+        if film.shape != expected:
+            raise ValueError(f"norm_act: film has shape {tuple(film.shape)}; expected {expected}")
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, act: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2, x.shape[0], groups), dtype=torch.float32)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty((2, grad.shape[0], grad.shape[1]), dtype=torch.float32)
+    return torch.empty_like(grad), sums
+
+
+@functools.cache
+def _operators(backend: str) -> tuple[Any, Any]:
+    """Forward and backward operator of a backend, registered when first asked for."""
+    if backend == "native":
+        forward = define("fastscore_native::norm_act", _FORWARD, cpu.norm_act, _fake, ("CPU",))
+        backward = define(
+            "fastscore_native::norm_act_backward",
+            _BACKWARD,
+            cpu.norm_act_backward,
+            _fake_backward,
+            ("CPU",),
+        )
+    else:
+        from fastscore_kernels.gpu import norm_act as gpu
+
+        forward = define_triton("fastscore_triton::norm_act", _FORWARD, gpu.norm_act, _fake)
+        backward = define_triton(
+            "fastscore_triton::norm_act_backward",
+            _BACKWARD,
+            gpu.norm_act_backward,
+            _fake_backward,
+        )
+    _derive(forward, backward)
+    return forward, backward
+
+
+def backward_operator(backend: str) -> Any:
+    """Operator (grad, x, stats, weight, bias, film, groups, act) -> (grad_x, sums)."""
+    return _operators(backend)[1]
+
+
+def _derive(forward: Any, backward: Any) -> None:
+    def save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, film, groups, act, _ = inputs
+        ctx.save_for_backward(x, outputs[1], weight, bias, film)
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.groups, ctx.act = groups, act
+
+    def pull(ctx: Any, grad: Tensor | None, _: None) -> tuple:
+        if grad is None:
+            return (None,) * 7
+        x, stats, weight, bias, film = ctx.saved_tensors
+        # autograd may hand over an expanded or sliced cotangent
+        grad = _match(grad, x)
+        grad_x, sums = backward(grad, x, stats, weight, bias, film, ctx.groups, ctx.act)
+        return (grad_x, *parameter_gradients(sums, weight, bias, film), None, None, None)
+
+    differentiate(forward, save, pull)
+    once_differentiable(backward)
+    batch(forward, {0, 3}, (0, 1))
+    _batch_backward(backward)
+
+
+def _match(grad: Tensor, x: Tensor) -> Tensor:
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return grad.to(x.dtype).contiguous(memory_format=layout)
+
+
+def parameter_gradients(
+    sums: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cotangents of weight, bias and film from the sums of `norm_act_backward` (one copy)."""
+    dz, dz_xhat = sums
+    if film is None:
+        return dz_xhat.sum(dim=0).to(weight.dtype), dz.sum(dim=0).to(bias.dtype), None
+    gain = 1.0 + film[:, : weight.shape[0]].float()
+    grad_film = torch.cat((weight.float() * dz_xhat + bias.float() * dz, dz), dim=1)
+    return (
+        (gain * dz_xhat).sum(dim=0).to(weight.dtype),
+        (gain * dz).sum(dim=0).to(bias.dtype),
+        grad_film.to(film.dtype),
+    )
+
+
+def _batch_backward(op: Any) -> None:
+    """vmap over cotangents alone needs no copy of x: they become more copies of each sample."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        size = info.batch_size
+        rows = []
+        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+            grad = args[0].movedim(in_dims[0], 0).flatten(0, 1)
+            grad_x, sums = op(grad.contiguous(memory_format=_layout(args[1])), *args[1:])
+            return (grad_x.unflatten(0, (size, -1)), sums.unflatten(1, (size, -1))), (0, 1)
+        for i in range(size):
+            picked = [
+                a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)
+            ]
+            picked[1] = picked[1].contiguous(memory_format=_layout(picked[1]))
+            picked[0] = picked[0].contiguous(memory_format=_layout(picked[1]))
+            rows.append(op(*picked))
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0, 0)
+
+    vectorise(op, rule)
+
+
+def _layout(t: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if t.is_contiguous() else torch.channels_last

@@ -1,0 +1,168 @@
+"""Registration of an operation with torch.library for every way that PyTorch may call it.
+
+``torch.library.register_autograd`` (torch 2.11) cannot be called under torch.func.vjp: the function
+it generates has no ``setup_context``. The autograd kernel here has one, so that the same operation
+works under autograd, torch.func, torch.compile, make_fx and torch.export.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
+
+# one library a namespace: operators live as long as the library object
+_LIBRARIES: dict[str, torch.library.Library] = {}
+
+
+def define(
+    name: str, schema: str, implementation: Callable, fake: Callable, devices: Sequence[str]
+) -> Any:
+    """Define ``namespace::op`` with a kernel for the given devices ("CPU", "CUDA") and its fake.
+
+    Returns the operator.
+    """
+    namespace, _, short = name.partition("::")
+    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    # outputs follow the inputs' strides, which a compiler must therefore keep
+    library.define(short + schema, tags=(torch.Tag.needs_exact_strides,))
+    for device in devices:
+        library.impl(short, implementation, device)
+    torch.library.register_fake(name, fake, lib=library)
+    return getattr(getattr(torch.ops, namespace), short).default
+
+
+def define_triton(name: str, schema: str, implementation: Callable, fake: Callable) -> Any:
+    """Define ``namespace::op`` whose Triton kernels a compiler can see and export.
+
+    Under the Triton interpreter there is nothing to see: a plain operation on CPU tensors.
+    """
+    from fastscore_kernels.backends import interpreting
+
+    if interpreting():
+        return define(name, schema, implementation, fake, ("CPU",))
+    op = torch.library.triton_op(name, implementation, mutates_args={}, schema=schema)
+    op.register_fake(fake)
+    namespace, _, short = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), short).default
+
+
+def differentiate(
+    op: Any, save: Callable[[Any, tuple, Any], None], backward: Callable[..., tuple]
+) -> None:
+    """Give ``op`` a derivative: ``save(ctx, inputs, outputs)``, ``backward(ctx, *grads)``."""
+
+    class Differentiable(_SingleLevelFunction):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with _AutoDispatchBelowAutograd():
+                return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+            return backward(ctx, *grads)
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if not torch.is_grad_enabled() or not any(
+            isinstance(a, Tensor) and a.requires_grad for a in args
+        ):
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        if torch._C._are_functorch_transforms_active():
+            # this kernel is already called once a level, by the transform itself
+            with enable_single_level_autograd_function():
+                return Differentiable.apply(*args)
+        return Differentiable.apply(*args)
+
+    namespace, _, short = op._schema.name.partition("::")
+    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    library.impl(short, kernel, "Autograd", with_keyset=True)
+
+
+def once_differentiable(op: Any) -> None:
+    """Let a backward operator say that it has no derivative itself, when asked for it."""
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> tuple:
+        raise NotImplementedError(
+            f"{op._schema.name} has no derivative of its own; for second derivatives use backend "
+            "reference"
+        )
+
+    differentiate(op, lambda ctx, inputs, outputs: None, refuse)
+
+
+def batch(op: Any, per_sample: set[int], output_dims: Sequence[int]) -> None:
+    """Let torch.func.vmap fold its dimension into the batch dimension of ``op``.
+
+    ``per_sample`` numbers the arguments whose first dimension is the batch; ``output_dims`` says
+    where each output has it. Where another argument is batched, samples are run one by one.
+    """
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        size = info.batch_size
+        mapped = {i for i, dim in enumerate(in_dims) if dim is not None}
+        if mapped <= per_sample:
+            folded = [
+                _fold(arg, in_dims[i], size) if i in per_sample else arg
+                for i, arg in enumerate(args)
+            ]
+            outputs = _as_tuple(op(*folded))
+            split = tuple(
+                o.unflatten(dim, (size, -1)) for o, dim in zip(outputs, output_dims, strict=True)
+            )
+            return _like(op, split), _like(op, tuple(output_dims))
+        rows = [
+            _as_tuple(op(*(_pick(a, dim, i) for a, dim in zip(args, in_dims, strict=True))))
+            for i in range(size)
+        ]
+        stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return _like(op, stacked), _like(op, (0,) * len(stacked))
+
+    vectorise(op, rule)
+
+
+def vectorise(op: Any, rule: Callable) -> None:
+    """Register ``rule(info, in_dims, *args) -> (outputs, out_dims)`` for torch.func.vmap."""
+    namespace = op._schema.name.partition("::")[0]
+    torch.library.register_vmap(op._schema.name, rule, lib=_LIBRARIES.get(namespace))
+
+
+def _fold(arg: Any, dim: int | None, size: int) -> Any:
+    if not isinstance(arg, Tensor):
+        return arg
+    rows = arg.movedim(dim, 0) if dim is not None else arg.expand(size, *arg.shape)
+    return dense(rows.flatten(0, 1))
+
+
+def _pick(arg: Any, dim: int | None, index: int) -> Any:
+    return arg if dim is None else dense(arg.select(dim, index))
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@functools.cache
+def _returns_one(op: Any) -> bool:
+    return len(op._schema.returns) == 1
+
+
+def _like(op: Any, values: tuple) -> Any:
+    return values[0] if _returns_one(op) else values
+
+
+def dense(t: Tensor) -> Tensor:
+    """``t`` [B, C, H, W], copied to channels-last if it is neither that nor contiguous."""
+    if t.ndim != 4 or t.is_contiguous():
+        return t.contiguous()
+    return t.contiguous(memory_format=torch.channels_last)
