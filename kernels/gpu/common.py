@@ -19,6 +19,13 @@ def at_position(n, c, C: tl.constexpr, N, LAST: tl.constexpr):
 
 
 @triton.jit
+def load_tile(x, n, c, mask, C: tl.constexpr, N, LAST: tl.constexpr):
+    """Positions ``n`` by channels ``c`` of one dense sample, in fp32."""
+    offsets = at_position(n[:, None], c[None, :], C, N, LAST)
+    return tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def channel_moments(
     x,
     c,
@@ -38,25 +45,18 @@ def channel_moments(
     """
     n = start + tl.arange(0, BLOCK_N)
     mask = (n < stop)[:, None] & c_mask[None, :]
-    tile = tl.load(x + at_position(n[:, None], c[None, :], C, N, LAST), mask=mask, other=0.0)
-    tile = tile.to(tl.float32)
+    tile = load_tile(x, n, c, mask, C, N, LAST)
     shift = tl.sum(tile, axis=0) / (tl.minimum(stop - start, BLOCK_N) * 1.0)
     d = tl.where(mask, tile - shift[None, :], 0.0)
     total = d
-    if WIDE:
-        squares = d.to(tl.float64) * d.to(tl.float64)
-    else:
-        squares = d * d
+    squares = d.to(tl.float64) * d.to(tl.float64) if WIDE else d * d
     for at in range(start + BLOCK_N, stop, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         mask = (n < stop)[:, None] & c_mask[None, :]
-        tile = tl.load(x + at_position(n[:, None], c[None, :], C, N, LAST), mask=mask, other=0.0)
-        d = tl.where(mask, tile.to(tl.float32) - shift[None, :], 0.0)
+        tile = load_tile(x, n, c, mask, C, N, LAST)
+        d = tl.where(mask, tile - shift[None, :], 0.0)
         total += d
-        if WIDE:
-            squares += d.to(tl.float64) * d.to(tl.float64)
-        else:
-            squares += d * d
+        squares += d.to(tl.float64) * d.to(tl.float64) if WIDE else d * d
     return finish_moments(shift, total, squares, (stop - start) * 1.0, WIDE)
 
 
@@ -66,10 +66,7 @@ def finish_moments(shift, total, squares, count, WIDE: tl.constexpr):
     s1 = tl.sum(total, axis=0)
     s2 = tl.sum(squares, axis=0)
     mean = shift + s1 / count
-    if WIDE:
-        m2 = s2 - s1.to(tl.float64) * s1.to(tl.float64) / count
-    else:
-        m2 = s2 - s1 * s1 / count
+    m2 = s2 - (s1.to(tl.float64) * s1.to(tl.float64) if WIDE else s1 * s1) / count
     return mean, tl.maximum(m2, 0.0)
 
 
