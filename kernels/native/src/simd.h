@@ -2,7 +2,7 @@
 //
 // Vf holds kLanes floats, Vi as many int32, Vd as many doubles. load and store convert from and to bf16 and
 // fp16, rounding to nearest even; with a count they touch the first `count` lanes alone, and load zeroes the
-// others. + - * / work on Vf lane by lane, each rounded on its own; fma is fused where the processor can.
+// others; keep_lanes zeroes the others of a vector. + - * / work on Vf lane by lane, each rounded on its own; fma is fused where the processor can.
 //
 // Everything is local to the source: a function that the linker could share between instruction sets would
 // run instructions that the processor lacks. For the same reason the sources of operations use nothing of

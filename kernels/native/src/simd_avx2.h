@@ -60,6 +60,7 @@ FS_INLINE Vf square_root(Vf v) { return _mm256_sqrt_ps(v); }
 FS_INLINE Vf zero_where_less(Vf v, Vf x, float limit) {
   return _mm256_and_ps(_mm256_cmp_ps(x, broadcast(limit), _CMP_NLT_UQ), v);
 }
+FS_INLINE Vf keep_lanes(Vf v, int count) { return _mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), v); }
 FS_INLINE Vf reciprocal(Vf v) {
   const Vf r = _mm256_rcp_ps(v);
   return fma(r, fnma(v, r, broadcast(1.0f)), r);
@@ -77,11 +78,12 @@ FS_INLINE float largest(Vf v) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
-FS_INLINE Vd zero_double() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+FS_INLINE Vd broadcast_double(double v) { return {_mm256_set1_pd(v), _mm256_set1_pd(v)}; }
 FS_INLINE Vd widen(Vf v) {
   return {_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
 }
 FS_INLINE Vd add(Vd a, Vd b) { return {a.lo + b.lo, a.hi + b.hi}; }
+FS_INLINE Vd scaled(Vd a, double factor) { return {a.lo * factor, a.hi * factor}; }
 FS_INLINE Vd fma(Vd a, Vd b, Vd c) {
   return {_mm256_fmadd_pd(a.lo, b.lo, c.lo), _mm256_fmadd_pd(a.hi, b.hi, c.hi)};
 }

@@ -50,6 +50,7 @@ FS_INLINE Vf square_root(Vf v) { return _mm512_sqrt_ps(v); }
 FS_INLINE Vf zero_where_less(Vf v, Vf x, float limit) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, broadcast(limit), _CMP_NLT_UQ), v);
 }
+FS_INLINE Vf keep_lanes(Vf v, int count) { return _mm512_maskz_mov_ps(first_lanes(count), v); }
 FS_INLINE Vf reciprocal(Vf v) {
   const Vf r = _mm512_rcp14_ps(v);
   return fma(r, fnma(v, r, broadcast(1.0f)), r);
@@ -59,11 +60,12 @@ FS_INLINE Vi as_int(Vf v) { return (Vi)v; }
 FS_INLINE float sum(Vf v) { return _mm512_reduce_add_ps(v); }
 FS_INLINE float largest(Vf v) { return _mm512_reduce_max_ps(v); }
 
-FS_INLINE Vd zero_double() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+FS_INLINE Vd broadcast_double(double v) { return {_mm512_set1_pd(v), _mm512_set1_pd(v)}; }
 FS_INLINE Vd widen(Vf v) {
   return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
 }
 FS_INLINE Vd add(Vd a, Vd b) { return {a.lo + b.lo, a.hi + b.hi}; }
+FS_INLINE Vd scaled(Vd a, double factor) { return {a.lo * factor, a.hi * factor}; }
 FS_INLINE Vd fma(Vd a, Vd b, Vd c) {
   return {_mm512_fmadd_pd(a.lo, b.lo, c.lo), _mm512_fmadd_pd(a.hi, b.hi, c.hi)};
 }

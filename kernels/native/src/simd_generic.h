@@ -102,6 +102,7 @@ FS_INLINE Vf minimum(Vf a, Vf b) { return (Vf)choose(a < b, (Vu)a, (Vu)b); }
 FS_INLINE Vf maximum(Vf a, Vf b) { return (Vf)choose(a > b, (Vu)a, (Vu)b); }
 FS_INLINE Vf absolute(Vf v) { return (Vf)((Vu)v & 0x7fffffff); }
 FS_INLINE Vf zero_where_less(Vf v, Vf x, float limit) { return (Vf)(~(Vu)(x < broadcast(limit)) & (Vu)v); }
+FS_INLINE Vf keep_lanes(Vf v, int count) { return (Vf)((Vu)v & (Vu)(Vi{0, 1, 2, 3} < count)); }
 FS_INLINE Vf reciprocal(Vf v) { return broadcast(1.0f) / v; }
 FS_INLINE float sum(Vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 FS_INLINE float largest(Vf v) {
@@ -109,9 +110,10 @@ FS_INLINE float largest(Vf v) {
   return a > b ? a : b;
 }
 
-FS_INLINE Vd zero_double() { return {Vdouble{0, 0}, Vdouble{0, 0}}; }
+FS_INLINE Vd broadcast_double(double v) { return {Vdouble{v, v}, Vdouble{v, v}}; }
 FS_INLINE Vd widen(Vf v) { return {Vdouble{v[0], v[1]}, Vdouble{v[2], v[3]}}; }
 FS_INLINE Vd add(Vd a, Vd b) { return {a.lo + b.lo, a.hi + b.hi}; }
+FS_INLINE Vd scaled(Vd a, double factor) { return {a.lo * factor, a.hi * factor}; }
 FS_INLINE Vd fma(Vd a, Vd b, Vd c) { return {a.lo * b.lo + c.lo, a.hi * b.hi + c.hi}; }
 FS_INLINE void store(double* p, Vd v) { __builtin_memcpy(p, &v, sizeof v); }
 FS_INLINE Vd load(const double* p) {
