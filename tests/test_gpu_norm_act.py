@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from interpreter import DEVICE, DTYPES, TOLERANCES, activation, assert_near, name, poison
+
+# isort: split
 from fastscore_kernels import reference
 from fastscore_kernels.gpu.launch import parameters
 from fastscore_kernels.gpu.norm_act import norm_act, norm_act_backward
-from interpreter import DEVICE, DTYPES, TOLERANCES, activation, assert_near, name, poison
 
 # batch, channels, groups, height, width: odd sizes, one position, one channel a group, wide groups
 SHAPES = [(2, 16, 4, 5, 3), (3, 20, 2, 7, 5), (1, 8, 4, 1, 1), (2, 6, 6, 3, 1), (1, 9, 1, 1, 23)]
