@@ -1,6 +1,7 @@
-"""What a wheel holds, and that every package imported is one the metadata asks for."""
+"""What wheels hold, with and without native kernels, and that imports are of declared packages."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -8,10 +9,11 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from imports import PACKAGES, ROOT, all_imports, source_files
+from imports import PACKAGES, ROOT, all_imports
 from packaging.requirements import Requirement
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -21,71 +23,235 @@ DISTRIBUTIONS = {
     "pynvml": "nvidia-ml-py",
     "torch.utils.tensorboard": "tensorboard",
 }
+# built where the loader looks for it, beside the package's __init__.py
+LIBRARY = re.compile(r"fastscore_kernels/lib/libfastscore_native\.(so|dylib|dll)")
+PURE = "fastscore-0.1.0-0_without_native_kernels-py3-none-any.whl"
+NO_COMPILER = {"CXX": "/nonexistent/c++"}
+compiler = pytest.mark.skipif(
+    not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))),
+    reason="no C++ compiler to build the native kernels with",
+)
 
-BUILD = """
+# calls a hook of the build backend as installers do, and prints its result last
+HOOK = """
 import sys
-from setuptools import build_meta
-print(getattr(build_meta, f"build_{sys.argv[2]}")(sys.argv[1]))
+from scikit_build_core import build
+print(getattr(build, sys.argv[1])(*sys.argv[2:]))
+"""
+# no .pth file is read but in the folder tested: the installation we run from would be found first
+PATHS = """
+import site, sys
+sys.path[:0] = sys.argv[1:2]
+site.addsitedir(sys.argv[1])
+sys.path += sys.argv[2:]
+"""
+PROBLEM = """
+import fastscore_kernels
+from fastscore_kernels import library
+assert fastscore_kernels.__file__.startswith(sys.argv[1]), fastscore_kernels.__file__
+print(library.problem())
+"""
+SERVED = """
+import fastscore, fastscore_kernels.written_later
+print(fastscore_kernels.written_later.VALUE, fastscore_kernels.__file__, fastscore.__file__)
 """
 
 
-def build(kind: str, source: Path, out: Path) -> Path:
-    command = [sys.executable, "-c", BUILD, str(out), kind]
-    run = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return out / run.stdout.split()[-1]
+@dataclass(frozen=True)
+class Built:
+    """A wheel, what was printed while it was built, and the tree it was built in."""
+
+    path: Path
+    output: str
+    tree: Path
+
+    @property
+    def files(self) -> set[str]:
+        with zipfile.ZipFile(self.path) as archive:
+            return {n for n in archive.namelist() if ".dist-info/" not in n}
+
+
+def hook(name: str, tree: Path, *arguments: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    # without optimisation the library is built in a quarter of the time, from the same files
+    env = os.environ | {"CMAKE_BUILD_TYPE": "Debug", "FASTSCORE_NATIVE": "auto"} | env
+    command = [sys.executable, "-c", HOOK, name, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=tree, env=env, capture_output=True, text=True, errors="replace", check=False
+    )
+
+
+def build(kind: str, tree: Path, out: Path, **env: str) -> Built:
+    run = hook(f"build_{kind}", tree, out, **env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return Built(out / run.stdout.split()[-1], run.stdout + run.stderr, tree)
+
+
+def is_of_package(path: Path) -> bool:
+    """Whether an installation should have a file of the package folders."""
+    folder = path.relative_to(ROOT).parts[:2]
+    ours = path.is_file() and "__pycache__" not in path.parts
+    return ours and folder not in {("kernels", "native"), ("kernels", "lib")}
 
 
 def files_in_tree() -> set[str]:
-    """Every file of the packages as an installation should have it."""
+    """Every file of the packages as an installation should have it, but for the library."""
     names = set()
     for folder, name in PACKAGES.items():
-        for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix != ".pyc":
-                names.add(f"{name}/{path.relative_to(ROOT / folder).as_posix()}")
+        for path in filter(is_of_package, (ROOT / folder).rglob("*")):
+            names.add(f"{name}/{path.relative_to(ROOT / folder).as_posix()}")
     return names
 
 
+def run_isolated(script: str, wheel: Built, folder: Path) -> str:
+    """What a script prints in an interpreter where a wheel is unpacked into ``folder``."""
+    with zipfile.ZipFile(wheel.path) as archive:
+        archive.extractall(folder)
+    command = [sys.executable, "-S", "-c", PATHS + script, str(folder), *filter(None, sys.path)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from the unpacked source distribution, as an installer would without ours."""
+def tree(tmp_path_factory) -> Path:
+    """The unpacked source distribution, in which an installer builds without our files."""
     work = tmp_path_factory.mktemp("packaging")
-    tree = work / "tree"
-    tree.mkdir()
+    source = work / "source"
     for name in (*PACKAGES, "bench", "docs", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    archive = build("sdist", tree, work)
+        ignored = shutil.ignore_patterns("__pycache__", "lib")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # left by somebody's build for another machine: nothing may take it along
+    (source / "kernels" / "lib").mkdir()
+    (source / "kernels" / "lib" / "libfastscore_native.so").write_bytes(b"stale")
+    archive = build("sdist", source, work).path
     with tarfile.open(archive) as sdist:
         sdist.extractall(work, filter="data")
-    return build("wheel", work / archive.name.removesuffix(".tar.gz"), work)
+    return work / archive.name.removesuffix(".tar.gz")
 
 
-def test_wheel_holds_all_of_the_packages_and_nothing_else(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        names = {n for n in archive.namelist() if ".dist-info/" not in n}
-        assert names == files_in_tree()
-        for name in names:
+@pytest.fixture(scope="module")
+def without(tree, tmp_path_factory) -> Built:
+    """A wheel built where no compiler is, from a tree where a library lies around."""
+    copy = tmp_path_factory.mktemp("pure") / "tree"
+    shutil.copytree(tree, copy)
+    (copy / "kernels" / "lib").mkdir(exist_ok=True)
+    (copy / "kernels" / "lib" / "libfastscore_native.so").write_bytes(b"stale")
+    return build("wheel", copy, copy.parent, **NO_COMPILER)
+
+
+@pytest.fixture(scope="module")
+def native(tree) -> Built:
+    """A wheel with the native kernels."""
+    return build("wheel", tree, tree.parent, FASTSCORE_NATIVE="required")
+
+
+def test_source_distribution_holds_all_that_is_built(tree):
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "kernels" / "native").rglob("*")]
+    for path in filter(Path.is_file, sources):
+        copy = tree / path.relative_to(ROOT)
+        assert copy.read_bytes() == path.read_bytes(), path
+    assert (tree / "tests" / Path(__file__).name).is_file()
+    stale = tree / "kernels" / "lib" / "libfastscore_native.so"
+    assert not stale.exists() or stale.read_bytes() != b"stale"
+
+
+def assert_files(wheel: Built, libraries: int) -> None:
+    """All of the packages, as they are here, that many libraries, and nothing else."""
+    found = [name for name in wheel.files if LIBRARY.fullmatch(name)]
+    assert len(found) == libraries
+    assert wheel.files - set(found) == files_in_tree()
+    with zipfile.ZipFile(wheel.path) as archive:
+        for name in wheel.files - set(found):
             folder = "kernels" if name.startswith("fastscore_kernels/") else "fastscore"
             path = ROOT / folder / name.partition("/")[2]
             assert archive.read(name) == path.read_bytes(), name
 
 
-def test_wheel_carries_license_and_command(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        info = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        folder = info.rpartition("/")[0]
-        assert "MIT License" in archive.read(f"{folder}/licenses/LICENSE").decode()
-        scripts = archive.read(f"{folder}/entry_points.txt").decode()
-        assert "fastscore = fastscore.cli:main" in scripts
-        assert "License-Expression: MIT" in archive.read(info).decode()
+class TestWithoutCompiler:
+    def test_wheel_holds_all_of_the_packages_and_no_library(self, without):
+        assert without.path.name == PURE
+        assert_files(without, libraries=0)
+
+    def test_says_what_is_lost_and_how_to_get_it(self, without):
+        assert "installed WITHOUT its native CPU kernels, whose build failed" in without.output
+        assert "slower on a CPU" in without.output
+        assert "install a C++17 compiler" in without.output
+        assert "/nonexistent/c++" in without.output
+
+    def test_package_works_and_says_so_again(self, without, tmp_path):
+        found = run_isolated(PROBLEM, without, tmp_path)
+        assert "native kernels were not built when fastscore was installed" in found
+
+    def test_wheel_carries_license_and_command(self, without):
+        with zipfile.ZipFile(without.path) as archive:
+            info = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+            folder = info.rpartition("/")[0]
+            assert "MIT License" in archive.read(f"{folder}/licenses/LICENSE").decode()
+            scripts = archive.read(f"{folder}/entry_points.txt").decode()
+            assert re.search(r"^fastscore *= *fastscore\.cli:main$", scripts, re.MULTILINE)
+            assert "License-Expression: MIT" in archive.read(info).decode()
+
+    def test_is_an_error_where_the_kernels_are_required(self, tree, tmp_path):
+        env = NO_COMPILER | {"FASTSCORE_NATIVE": "required"}
+        run = hook("build_wheel", tree, tmp_path, **env)
+        assert run.returncode != 0
+        assert "FASTSCORE_NATIVE=required: the native CPU kernels" in run.stdout
+        assert not list(tmp_path.iterdir())
+
+    def test_missing_cmake_is_asked_for_and_else_done_without(self, tree, tmp_path):
+        path = {"PATH": "/nonexistent"}
+        asked = hook("get_requires_for_build_wheel", tree, **path).stdout
+        assert "cmake>=3.20" in asked
+        assert "ninja>=1.11" in asked
+        wheel = build("wheel", tree, tmp_path, **path)
+        assert wheel.path.name == PURE
+        assert "CMake 3.20 or later was not found" in wheel.output
 
 
-def test_packages_listed_are_those_that_exist():
-    listed = set(PROJECT["tool"]["setuptools"]["packages"])
-    files = source_files()
-    assert listed == {name for name, path in files.items() if path.name == "__init__.py"}
+class TestChoice:
+    def test_off_asks_for_nothing_and_builds_nothing(self, tree, tmp_path):
+        off = {"PATH": "/nonexistent", "FASTSCORE_NATIVE": "off"}
+        assert hook("get_requires_for_build_wheel", tree, **off).stdout.strip() == "[]"
+        wheel = build("wheel", tree, tmp_path, FASTSCORE_NATIVE="off")
+        assert wheel.path.name == PURE
+        assert "CMake" not in wheel.output
+        assert not any(map(LIBRARY.fullmatch, wheel.files))
+
+    @pytest.mark.parametrize("value", ["on", "Off", "0", "requiredd"])
+    def test_other_values_are_refused(self, tree, tmp_path, value):
+        run = hook("build_wheel", tree, tmp_path, FASTSCORE_NATIVE=value)
+        assert run.returncode != 0
+        assert "FASTSCORE_NATIVE must be auto, required or off" in run.stdout
+        assert not list(tmp_path.iterdir())
+
+    def test_editable_installation_serves_the_tree(self, tree, tmp_path):
+        served = tmp_path / "tree"
+        shutil.copytree(tree, served)
+        wheel = build("editable", served, tmp_path, FASTSCORE_NATIVE="off")
+        # only the redirection is installed, no copies that would grow stale
+        names = {"_editable_skbc_fastscore.py", "_editable_skbc_fastscore.pth"}
+        assert wheel.files == names
+        (served / "kernels" / "written_later.py").write_text("VALUE = 7\n")
+        found = run_isolated(SERVED, wheel, tmp_path / "site")
+        files = [str(served / folder / "__init__.py") for folder in ("kernels", "fastscore")]
+        assert found.split() == ["7", *files]
+
+
+@compiler
+class TestWithCompiler:
+    def test_wheel_holds_all_of_the_packages_and_one_library(self, native):
+        assert re.fullmatch(r"fastscore-0\.1\.0-py3-none-(?!any)\w+\.whl", native.path.name)
+        assert_files(native, libraries=1)
+
+    def test_library_loads_beside_torch(self, native, tmp_path):
+        assert run_isolated(PROBLEM, native, tmp_path) == ""
+
+    def test_tree_has_the_library_where_an_editable_installation_looks(self, native):
+        (library,) = (native.tree / "kernels" / "lib").iterdir()
+        with zipfile.ZipFile(native.path) as archive:
+            assert archive.read(f"fastscore_kernels/lib/{library.name}") == library.read_bytes()
 
 
 def names_of(requirements: list[str]) -> set[str]:
