@@ -15,6 +15,8 @@ _WHOLE = 16384
 # a lone program reads this much before splitting its positions pays for a second launch
 _SPLIT_ABOVE = 8192
 _MAX_SPLITS = 128
+# elements of a gradient tap that every program may read for itself
+_LONE_TAP = 32768
 _MAX_CHANNELS = 1024
 
 
@@ -35,6 +37,8 @@ class NormPlan:
     block_g: int
     block_s: int
     warps: int
+    all_groups: int
+    flat: int = 4096
 
 
 def plan_norm(op: str, x: Tensor, groups: int, rows: int) -> NormPlan:
@@ -55,15 +59,41 @@ def plan_norm(op: str, x: Tensor, groups: int, rows: int) -> NormPlan:
     else:
         rule = _whole_rule(positions, per_group * bundle, last)
     rule["bundle"] = bundle
-    shape = {
+    return _checked(choose(op, device, _key(x, rows, groups), rule), channels, groups, positions)
+
+
+def plan_taps(op: str, x: Tensor, groups: int, split: bool | None = None) -> NormPlan:
+    """Plan for the taps x [B, C, H, W]; ``split`` forces two launches or one.
+
+    In one launch every program reads the whole gradient: for samples so small that this costs less
+    than a launch.
+    """
+    batch, channels, positions = int(x.shape[0]), int(x.shape[1]), int(x.shape[2] * x.shape[3])
+    per_group = channels // groups
+    last, device = is_last(x), device_of(x)
+    if split is None:
+        split = channels * positions > _LONE_TAP
+    if split:
+        bundle = _wide(groups, per_group)
+        rule = _split_rule(positions, per_group * bundle, last)
+        rule["splits"] = ceil_div(2 * device.multiprocessors, batch * (groups // bundle))
+    else:
+        # taps are written with channels side by side, whatever they are read from
+        bundle = _narrow(groups, per_group, x.element_size())
+        rule = _whole_rule(positions, per_group * bundle, True)
+    rule["bundle"] = bundle
+    return _checked(choose(op, device, _key(x, batch, groups), rule), channels, groups, positions)
+
+
+def _key(x: Tensor, rows: int, groups: int) -> dict[str, int | str]:
+    return {
         "dtype": str(x.dtype).removeprefix("torch."),
         "rows": int(rows),
-        "channels": channels,
-        "positions": positions,
+        "channels": int(x.shape[1]),
+        "positions": int(x.shape[2] * x.shape[3]),
         "groups": groups,
-        "last": int(last),
+        "last": int(is_last(x)),
     }
-    return _checked(choose(op, device, shape, rule), channels, groups, positions)
 
 
 def _narrow(groups: int, per_group: int, itemsize: int) -> int:
@@ -113,7 +143,8 @@ def _checked(chosen: dict[str, int], channels: int, groups: int, positions: int)
         block_g=power_of_two(bundle),
         block_s=power_of_two(splits),
         warps=chosen["warps"],
+        all_groups=power_of_two(groups),
     )
 
 
-__all__ = ["NormPlan", "plan_norm"]
+__all__ = ["NormPlan", "plan_norm", "plan_taps"]
