@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from fastscore_kernels import library
@@ -22,7 +23,16 @@ def available(device: str | torch.device = "cpu") -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if not _obstacle(name, kind))
 
 
-@functools.cache
+_REGISTRARS: dict[str, list[Callable[[], None]]] = {}
+
+
+def provide(backend: str, register: Callable[[], None]) -> None:
+    """Have ``register`` called once, before a backend is first used."""
+    _REGISTRARS.setdefault(backend, []).append(register)
+
+
+# compilers take the answer as it is and do not look into it
+@torch.compiler.assume_constant_result
 def resolve(backend: str | None, device_type: str) -> str:
     """Name of the backend that runs tensors of a device type, decided once a process.
 
@@ -30,17 +40,28 @@ def resolve(backend: str | None, device_type: str) -> str:
     ``native`` on a CPU where the library has been built, ``reference`` elsewhere. ValueError when
     a backend is unknown, or named and not there; it says how to get it.
     """
+    return _resolve(backend, device_type)
+
+
+@functools.cache
+def _resolve(backend: str | None, device_type: str) -> str:
     if backend in (None, "auto"):
         backend = os.environ.get("FASTSCORE_BACKEND", "auto")
     if backend == "auto":
         if device_type == "cuda":
-            return AUTO_ON_CUDA
-        return "native" if not _obstacle("native", device_type) else "reference"
+            return _registered(AUTO_ON_CUDA)
+        return "reference" if _obstacle("native", device_type) else _registered("native")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose {', '.join(BACKENDS)} or auto")
     obstacle = _obstacle(backend, device_type)
     if obstacle:
         raise ValueError(f"backend {backend} cannot run here: {obstacle}")
+    return _registered(backend)
+
+
+def _registered(backend: str) -> str:
+    for register in _REGISTRARS.pop(backend, []):
+        register()
     return backend
 
 

@@ -19,11 +19,19 @@ def activation(op: str, name: str, t: Tensor, channels: int | None = None) -> No
         raise ValueError(f"{op}: {name} has {t.shape[1]} channels; expected {channels}")
     floating(op, name, t)
     extent(op, name, t)
+    # kernels look again; here the layout of a traced or batched tensor is not settled yet
+    if torch.compiler.is_compiling() or batched(t):
+        return
     if not (t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(
             f"{op}: {name} of shape {tuple(t.shape)} has strides {t.stride()}; expected a "
             "contiguous or channels-last tensor, which .contiguous() makes"
         )
+
+
+def batched(t: Tensor) -> bool:
+    """Whether torch.func.vmap has added a dimension to ``t``."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(t)
 
 
 def floating(op: str, name: str, t: Tensor) -> None:

@@ -28,7 +28,14 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
     _, c, h, w = t.shape
     n = h * w
     # strides of axes of length one mean nothing, so they are not asked
-    return (c * n, n, 1) if t.is_contiguous() else (c * n, 1, c)
+    if t.is_contiguous():
+        return c * n, n, 1
+    if not t.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"a tensor of shape {tuple(t.shape)} has strides {t.stride()}; the native kernels read "
+            "contiguous or channels-last tensors, which .contiguous() makes"
+        )
+    return c * n, 1, c
 
 
 def _tokens(t: Tensor) -> tuple[int, int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from fastscore_kernels import checks, cpu, reference
-from fastscore_kernels.backends import choose
+from fastscore_kernels.backends import choose, provide
 from fastscore_kernels.registration import (
     batch,
     define,
@@ -65,7 +64,7 @@ def norm_act_forward(
     chosen = choose(backend, x)
     if chosen == "reference":
         return reference.norm_act(x, weight, bias, film, groups, act, eps)
-    return _operators(chosen)[0](x, weight, bias, film, groups, act, eps)
+    return _OPERATORS[chosen][0](x, weight, bias, film, groups, act, eps)
 
 
 def norm_act_backward(
@@ -105,7 +104,7 @@ def norm_act_backward(
     chosen = choose(backend, x)
     if chosen == "reference":
         return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act)
-    return _operators(chosen)[1](grad, x, stats, weight, bias, film, groups, act)
+    return _OPERATORS[chosen][1](grad, x, stats, weight, bias, film, groups, act)
 
 
 def _check_parameters(
@@ -133,35 +132,31 @@ def _fake_backward(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad), sums
 
 
-@functools.cache
-def _operators(backend: str) -> tuple[Any, Any]:
-    """Forward and backward operator of a backend, registered when first asked for."""
-    if backend == "native":
-        forward = define("fastscore_native::norm_act", _FORWARD, cpu.norm_act, _fake, ("CPU",))
-        backward = define(
-            "fastscore_native::norm_act_backward",
-            _BACKWARD,
-            cpu.norm_act_backward,
-            _fake_backward,
-            ("CPU",),
-        )
-    else:
-        from fastscore_kernels.gpu import norm_act as gpu
+# forward and backward operator of a backend
+_OPERATORS: dict[str, tuple[Any, Any]] = {}
 
-        forward = define_triton("fastscore_triton::norm_act", _FORWARD, gpu.norm_act, _fake)
-        backward = define_triton(
-            "fastscore_triton::norm_act_backward",
-            _BACKWARD,
-            gpu.norm_act_backward,
-            _fake_backward,
-        )
+
+def _register_native() -> None:
+    name, cpus = "fastscore_native::norm_act", ("CPU",)
+    forward = define(name, _FORWARD, cpu.norm_act, _fake, cpus)
+    backward = define(f"{name}_backward", _BACKWARD, cpu.norm_act_backward, _fake_backward, cpus)
     _derive(forward, backward)
-    return forward, backward
+    _OPERATORS["native"] = forward, backward
+
+
+def _register_triton() -> None:
+    from fastscore_kernels.gpu import norm_act as gpu
+
+    name = "fastscore_triton::norm_act"
+    forward = define_triton(name, _FORWARD, gpu.norm_act, _fake)
+    backward = define_triton(f"{name}_backward", _BACKWARD, gpu.norm_act_backward, _fake_backward)
+    _derive(forward, backward)
+    _OPERATORS["triton"] = forward, backward
 
 
 def backward_operator(backend: str) -> Any:
     """Operator (grad, x, stats, weight, bias, film, groups, act) -> (grad_x, sums)."""
-    return _operators(backend)[1]
+    return _OPERATORS[backend][1]
 
 
 def _derive(forward: Any, backward: Any) -> None:
@@ -187,8 +182,12 @@ def _derive(forward: Any, backward: Any) -> None:
 
 
 def _match(grad: Tensor, x: Tensor) -> Tensor:
+    grad = grad.to(x.dtype)
+    if checks.batched(grad):
+        # the batching rule sees to the layout
+        return grad
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return grad.to(x.dtype).contiguous(memory_format=layout)
+    return grad.contiguous(memory_format=layout)
 
 
 def parameter_gradients(
@@ -231,3 +230,7 @@ def _batch_backward(op: Any) -> None:
 
 def _layout(t: Tensor) -> torch.memory_format:
     return torch.contiguous_format if t.is_contiguous() else torch.channels_last
+
+
+_register_native()
+provide("triton", _register_triton)

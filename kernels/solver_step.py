@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from fastscore_kernels import checks, cpu, noise, reference
-from fastscore_kernels.backends import resolve
+from fastscore_kernels.backends import provide, resolve
 from fastscore_kernels.registration import define, define_triton
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def solver_step(
         _check_integers("solver_step", "counters", counters, (len(x), 3), x)
     chosen = resolve(backend, x.device.type)
     if chosen != "reference":
-        return _operators(chosen)[0](x, raw, guidance, denoised, old, coefficients, counters, draw)
+        return _OPERATORS[chosen][0](x, raw, guidance, denoised, old, coefficients, counters, draw)
     z = None
     if counters is not None:
         seeds, samples, steps = counters.unbind(1)
@@ -84,7 +83,7 @@ def normals(
     chosen = resolve(backend, seeds.device.type)
     if chosen == "reference":
         return noise.normals(seeds, samples, steps, size, draw)
-    return _operators(chosen)[1](seeds, samples, steps, size, draw)
+    return _OPERATORS[chosen][1](seeds, samples, steps, size, draw)
 
 
 def _check_state(
@@ -150,16 +149,25 @@ def _fake_normals(seeds: Tensor, samples: Tensor, steps: Tensor, size: int, draw
     return seeds.new_empty((steps.shape[0], seeds.shape[0], size), dtype=torch.float32)
 
 
-@functools.cache
-def _operators(backend: str) -> tuple[Any, Any]:
-    if backend == "native":
-        return (
-            define("fastscore_native::solver_step", _STEP, cpu.solver_step, _fake_step, ("CPU",)),
-            define("fastscore_native::normals", _NORMALS, cpu.normals, _fake_normals, ("CPU",)),
-        )
+# solver_step and normals of a backend
+_OPERATORS: dict[str, tuple[Any, Any]] = {}
+
+
+def _register_native() -> None:
+    _OPERATORS["native"] = (
+        define("fastscore_native::solver_step", _STEP, cpu.solver_step, _fake_step, ("CPU",)),
+        define("fastscore_native::normals", _NORMALS, cpu.normals, _fake_normals, ("CPU",)),
+    )
+
+
+def _register_triton() -> None:
     from fastscore_kernels.gpu import solver_step as gpu
 
-    return (
+    _OPERATORS["triton"] = (
         define_triton("fastscore_triton::solver_step", _STEP, gpu.solver_step, _fake_step),
         define_triton("fastscore_triton::normals", _NORMALS, gpu.normals, _fake_normals),
     )
+
+
+_register_native()
+provide("triton", _register_triton)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from fastscore_kernels import checks, cpu, reference
-from fastscore_kernels.backends import choose
+from fastscore_kernels.backends import choose, provide
 from fastscore_kernels.registration import (
     batch,
     define,
@@ -46,7 +45,7 @@ def tap_fuse(
         if tap is not None:
             _check_tap(name, tap, q)
     chosen = choose(backend, q)
-    run = reference.tap_fuse if chosen == "reference" else _operator(chosen)
+    run = reference.tap_fuse if chosen == "reference" else _OPERATORS[chosen]
     return run(q, first, second, heads, spatial)
 
 
@@ -72,25 +71,26 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(first), third
 
 
-@functools.cache
-def _operator(backend: str) -> Any:
-    if backend == "native":
-        forward = define("fastscore_native::tap_fuse", _FORWARD, cpu.tap_fuse, _fake, ("CPU",))
-        backward = define(
-            "fastscore_native::tap_fuse_backward",
-            _BACKWARD,
-            cpu.tap_fuse_backward,
-            _fake_backward,
-            ("CPU",),
-        )
-    else:
-        from fastscore_kernels.gpu import tap_fuse as gpu
+_OPERATORS: dict[str, Any] = {}
 
-        forward = define_triton("fastscore_triton::tap_fuse", _FORWARD, gpu.tap_fuse, _fake)
-        backward = define_triton(
-            "fastscore_triton::tap_fuse_backward", _BACKWARD, _gpu_backward, _fake_backward
-        )
 
+def _register_native() -> None:
+    name, cpus = "fastscore_native::tap_fuse", ("CPU",)
+    forward = define(name, _FORWARD, cpu.tap_fuse, _fake, cpus)
+    backward = define(f"{name}_backward", _BACKWARD, cpu.tap_fuse_backward, _fake_backward, cpus)
+    _OPERATORS["native"] = _derive(forward, backward)
+
+
+def _register_triton() -> None:
+    from fastscore_kernels.gpu import tap_fuse as gpu
+
+    name = "fastscore_triton::tap_fuse"
+    forward = define_triton(name, _FORWARD, gpu.tap_fuse, _fake)
+    backward = define_triton(f"{name}_backward", _BACKWARD, _gpu_backward, _fake_backward)
+    _OPERATORS["triton"] = _derive(forward, backward)
+
+
+def _derive(forward: Any, backward: Any) -> Any:
     def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
         *tensors, ctx.heads, ctx.spatial = inputs
         ctx.save_for_backward(*tensors)
@@ -118,3 +118,7 @@ def _gpu_backward(
 
     to_q, to_first, to_second = gpu.tap_fuse_backward(grad, q, first, second, heads, spatial)
     return to_q, to_first, q.new_empty(0) if to_second is None else to_second
+
+
+_register_native()
+provide("triton", _register_triton)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from fastscore_kernels import checks, cpu, reference
-from fastscore_kernels.backends import choose
+from fastscore_kernels.backends import choose, provide
 from fastscore_kernels.norm_act import backward_operator
 from fastscore_kernels.registration import batch, define, define_triton, differentiate
 from torch import Tensor
@@ -51,7 +50,7 @@ def tap_norm(
         gradient_bias=gradient_bias,
     )
     chosen = choose(backend, feature)
-    run = reference.tap_norm if chosen == "reference" else _operator(chosen)
+    run = reference.tap_norm if chosen == "reference" else _OPERATORS[chosen]
     return run(
         feature,
         gradient,
@@ -79,15 +78,22 @@ def _fake(feature: Tensor, gradient: Tensor, groups: int, *_: Any) -> tuple[Tens
     return taps, log_rms, feature.new_empty((b, groups, 4), dtype=torch.float32)
 
 
-@functools.cache
-def _operator(backend: str) -> Any:
-    if backend == "native":
-        op = define("fastscore_native::tap_norm", _SCHEMA, cpu.tap_norm, _fake, ("CPU",))
-    else:
-        from fastscore_kernels.gpu import tap_norm as gpu
+_OPERATORS: dict[str, Any] = {}
 
-        op = define_triton("fastscore_triton::tap_norm", _SCHEMA, gpu.tap_norm, _fake)
-    pull_norm = backward_operator(backend)
+
+def _register_native() -> None:
+    op = define("fastscore_native::tap_norm", _SCHEMA, cpu.tap_norm, _fake, ("CPU",))
+    _OPERATORS["native"] = _derive(op, backward_operator("native"))
+
+
+def _register_triton() -> None:
+    from fastscore_kernels.gpu import tap_norm as gpu
+
+    op = define_triton("fastscore_triton::tap_norm", _SCHEMA, gpu.tap_norm, _fake)
+    _OPERATORS["triton"] = _derive(op, backward_operator("triton"))
+
+
+def _derive(op: Any, pull_norm: Any) -> Any:
 
     def save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
         feature, gradient, groups, fw, fb, gw, gb, eps = inputs
@@ -148,3 +154,7 @@ def _through_rms(
     slope = torch.where(log_rms > _LOG_FLOOR, slope, 0.0) / (size * rms)
     unit = gradient.float() / rms[:, None, None, None]
     return slope[:, None, None, None] * unit
+
+
+_register_native()
+provide("triton", _register_triton)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from fastscore_kernels import checks, cpu
-from fastscore_kernels.backends import choose
+from fastscore_kernels.backends import choose, provide
 from fastscore_kernels.registration import define, define_triton, dense
 from fastscore_kernels.tap_fuse import tap_fuse
 from fastscore_kernels.tap_norm import check, tap_norm
@@ -72,7 +71,7 @@ def tap_path(
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if chosen == "reference" or wanted or torch._C._are_functorch_transforms_active():
         return composed(feature, gradient, norms, projections, groups, heads, spatial, eps, chosen)
-    return _operator(chosen)(
+    return _OPERATORS[chosen](
         feature, gradient, list(norms), list(projections), groups, heads, spatial, eps
     )
 
@@ -128,11 +127,16 @@ def _fake(
     )
 
 
-@functools.cache
-def _operator(backend: str) -> Any:
-    if backend == "native":
-        return define("fastscore_native::tap_path", _SCHEMA, cpu.tap_path, _fake, ("CPU",))
-    return define_triton("fastscore_triton::tap_path", _SCHEMA, _gpu, _fake)
+_OPERATORS: dict[str, Any] = {}
+
+
+def _register_native() -> None:
+    name = "fastscore_native::tap_path"
+    _OPERATORS["native"] = define(name, _SCHEMA, cpu.tap_path, _fake, ("CPU",))
+
+
+def _register_triton() -> None:
+    _OPERATORS["triton"] = define_triton("fastscore_triton::tap_path", _SCHEMA, _gpu, _fake)
 
 
 def _gpu(
@@ -148,3 +152,7 @@ def _gpu(
     from fastscore_kernels.gpu import tap_path as gpu
 
     return gpu.tap_path(feature, gradient, *norms, *weights, groups, heads, spatial, eps)
+
+
+_register_native()
+provide("triton", _register_triton)

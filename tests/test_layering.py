@@ -36,7 +36,20 @@ fastscore.files                      |
 fastscore.audio_files                |
 fastscore.sde                        numpy .config |
 fastscore.plans                      .sde |
-fastscore.noise                      torch |
+fastscore_kernels.library            torch |
+fastscore_kernels.backends           torch kernels.library | triton
+fastscore_kernels.registration       torch | kernels.backends
+fastscore_kernels.checks             torch |
+fastscore_kernels.noise              torch |
+fastscore_kernels.reference          torch |
+fastscore_kernels.cpu                torch kernels.library |
+fastscore_kernels.norm_act           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu
+fastscore_kernels.tap_norm           torch kernels.backends kernels.checks kernels.cpu kernels.norm_act kernels.reference kernels.registration | kernels.gpu
+fastscore_kernels.tap_fuse           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu
+fastscore_kernels.tap_path           torch kernels.backends kernels.checks kernels.cpu kernels.registration kernels.tap_fuse kernels.tap_norm | kernels.gpu
+fastscore_kernels.solver_step        torch kernels.backends kernels.checks kernels.cpu kernels.noise kernels.reference kernels.registration | kernels.gpu
+fastscore_kernels                    kernels.backends kernels.norm_act kernels.registration kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path |
+fastscore.noise                      torch kernels |
 fastscore.solver                     torch .config .noise .sde |
 fastscore.samplers                   torch .config .noise .plans .sde .solver |
 fastscore.checkpoint                 torch .files | safetensors
@@ -44,11 +57,9 @@ fastscore.cache                      numpy tqdm |
 fastscore.folders                    .config | torchaudio
 fastscore.audio                      numpy torch torchaudio soundfile .audio_files .config |
 fastscore.data                       numpy torch .audio .cache .config .folders |
-fastscore_kernels.reference          torch |
-fastscore_kernels                    kernels.reference |
 fastscore.layers                     torch kernels |
 fastscore.classifier                 torch .config .layers |
-fastscore.taps                       torch .classifier |
+fastscore.taps                       torch .classifier .layers |
 fastscore.subnet                     torch kernels .config .layers |
 fastscore.denoiser                   torch .classifier .config .subnet .taps |
 fastscore.vocoder.spectral           numpy torch .config |
@@ -228,7 +239,7 @@ FORBIDDEN = {
     "fastscore.config": {"torch", "numpy"},
     "fastscore.sde": {"torch"},
     "fastscore.plans": {"torch"},
-    "fastscore.samplers": MODELS | {"fastscore_kernels", "fastscore.checkpoint", "torchaudio"},
+    "fastscore.samplers": MODELS | {"fastscore.checkpoint", "torchaudio"},
     "fastscore.engine": MODELS | {"fastscore_kernels", "fastscore.vocoder"},
     "fastscore.taps": {"fastscore.subnet", "fastscore.denoiser"},
     "fastscore.subnet": {"fastscore.classifier", "fastscore.taps"},
