@@ -67,7 +67,7 @@ FS_INLINE Blocks blocks_of(int64_t positions) {
 FS_INLINE int64_t slots_of(int threads) { return threads > 1 ? 2 * static_cast<int64_t>(threads) : 1; }
 
 // Runs work.first(sample, slot, block) over all blocks of every sample, then, once a sample's are done,
-// work.finish(sample, slot, owner) on every thread that needs its result, then work.second(sample, block).
+// work.finish(sample, slot, owner) on every thread that needs its result, then work.second(sample, slot, block).
 // Exactly one thread is the owner of a sample. Threads take whole samples as long as there are
 // enough for all: they then wait for nobody, and a sample is still in the cache for its second pass.
 template <class Work>
@@ -76,7 +76,7 @@ FS_INLINE void two_passes(Team team, int64_t batch, int64_t blocks, Work& work) 
   for (int64_t sample = alone * team.id; sample < alone * (team.id + 1); ++sample) {
     for (int64_t block = 0; block < blocks; ++block) work.first(sample, team.id, block);
     work.finish(sample, team.id, true);
-    for (int64_t block = 0; block < blocks; ++block) work.second(sample, block);
+    for (int64_t block = 0; block < blocks; ++block) work.second(sample, team.id, block);
   }
   const int64_t start = alone * team.count;
   if (start == batch) return;
@@ -89,7 +89,7 @@ FS_INLINE void two_passes(Team team, int64_t batch, int64_t blocks, Work& work) 
     if (item == mine.begin || item % blocks == 0) {
       work.finish(start + item / blocks, team.count + item / blocks, item % blocks == 0);
     }
-    work.second(start + item / blocks, item % blocks);
+    work.second(start + item / blocks, team.count + item / blocks, item % blocks);
   }
 }
 

@@ -77,7 +77,7 @@ struct ChannelsLast {
     }
   }
 
-  FS_ALWAYS_INLINE void second(int64_t sample, int64_t block) const {
+  FS_ALWAYS_INLINE void second(int64_t sample, int64_t, int64_t block) const {
     const Range rows = blocks.rows_of(block);
     map_rows<Act>(x.data + sample * x.batch + rows.begin * x.position, x.position,
                   y.data + sample * y.batch + rows.begin * y.position, y.position, rows.end - rows.begin,

@@ -4,46 +4,46 @@
 #define FS_TEXT(x) FS_TEXT_(x)
 
 // an operation whose source is missing is absent from the table
-#if __has_include("norm_act.cpp")
-#define FS_HAS_NORM_ACT norm_act
+#if defined(FS_HAS_norm_act)
+#define FS_ENTRY_norm_act norm_act
 #else
-#define FS_HAS_NORM_ACT nullptr
+#define FS_ENTRY_norm_act nullptr
 #endif
-#if __has_include("norm_act_backward.cpp")
-#define FS_HAS_NORM_ACT_BACKWARD norm_act_backward
+#if defined(FS_HAS_norm_act_backward)
+#define FS_ENTRY_norm_act_backward norm_act_backward
 #else
-#define FS_HAS_NORM_ACT_BACKWARD nullptr
+#define FS_ENTRY_norm_act_backward nullptr
 #endif
-#if __has_include("tap_norm.cpp")
-#define FS_HAS_TAP_NORM tap_norm
+#if defined(FS_HAS_tap_norm)
+#define FS_ENTRY_tap_norm tap_norm
 #else
-#define FS_HAS_TAP_NORM nullptr
+#define FS_ENTRY_tap_norm nullptr
 #endif
-#if __has_include("tap_fuse.cpp")
-#define FS_HAS_TAP_FUSE tap_fuse
+#if defined(FS_HAS_tap_fuse)
+#define FS_ENTRY_tap_fuse tap_fuse
 #else
-#define FS_HAS_TAP_FUSE nullptr
+#define FS_ENTRY_tap_fuse nullptr
 #endif
-#if __has_include("tap_fuse_backward.cpp")
-#define FS_HAS_TAP_FUSE_BACKWARD tap_fuse_backward
+#if defined(FS_HAS_tap_fuse_backward)
+#define FS_ENTRY_tap_fuse_backward tap_fuse_backward
 #else
-#define FS_HAS_TAP_FUSE_BACKWARD nullptr
+#define FS_ENTRY_tap_fuse_backward nullptr
 #endif
-#if __has_include("tap_path.cpp")
-#define FS_HAS_TAP_PATH tap_path
+#if defined(FS_HAS_tap_path)
+#define FS_ENTRY_tap_path tap_path
 #else
-#define FS_HAS_TAP_PATH nullptr
+#define FS_ENTRY_tap_path nullptr
 #endif
-#if __has_include("solver_step.cpp")
-#define FS_HAS_SOLVER_STEP solver_step, normals
+#if defined(FS_HAS_solver_step)
+#define FS_ENTRY_solver_step solver_step, normals
 #else
-#define FS_HAS_SOLVER_STEP nullptr, nullptr
+#define FS_ENTRY_solver_step nullptr, nullptr
 #endif
 
 namespace fs::FS_ISA {
 
 extern const Table kTable = {
-    FS_TEXT(FS_ISA),  FS_HAS_NORM_ACT,          FS_HAS_NORM_ACT_BACKWARD, FS_HAS_TAP_NORM,
-    FS_HAS_TAP_FUSE, FS_HAS_TAP_FUSE_BACKWARD, FS_HAS_TAP_PATH,          FS_HAS_SOLVER_STEP};
+    FS_TEXT(FS_ISA),  FS_ENTRY_norm_act,          FS_ENTRY_norm_act_backward, FS_ENTRY_tap_norm,
+    FS_ENTRY_tap_fuse, FS_ENTRY_tap_fuse_backward, FS_ENTRY_tap_path,          FS_ENTRY_solver_step};
 
 }  // namespace fs::FS_ISA

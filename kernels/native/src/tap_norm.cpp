@@ -18,8 +18,6 @@ struct Problem {
 
 constexpr double kFloor = 1e-30;
 constexpr double kLargest = 3.4028234663852886e38;
-// positions of a contiguous tensor that are transposed at a time
-constexpr int64_t kTile = 16;
 
 // y = ((x - mean) * rstd) * weight + shift
 struct Map {
@@ -71,68 +69,107 @@ FS_INLINE void strip_sums(const T* x, int64_t stride, int64_t rows, int lanes, d
   store(squares, add(second[0], second[1]));
 }
 
-// The same of a row of positions.
-template <class T>
-FS_INLINE void run_sums(const T* x, int64_t count, double* total, double* squares) {
-  Vd first = broadcast_double(0.0), second = first;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vd value = widen(load_lanes(x + i, lanes_left(count, i)));
-    first = add(first, value);
-    second = fma(value, value, second);
-  }
-  *total = sum(first);
-  *squares = sum(second);
+#if defined(__clang__)
+#define FS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
+// y[row, channel] = x[channel, row], four by four
+FS_INLINE void transpose_words(const float* x, int64_t x_stride, float* y, int64_t y_stride) {
+  typedef uint32_t Words __attribute__((vector_size(16)));
+  Words in[4];
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(&in[i], x + i * x_stride, sizeof in[i]);
+  const Words a = FS_SHUFFLE(in[0], in[1], 0, 4, 1, 5), b = FS_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
+  const Words c = FS_SHUFFLE(in[2], in[3], 0, 4, 1, 5), d = FS_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
+  const Words out[4] = {FS_SHUFFLE(a, c, 0, 1, 4, 5), FS_SHUFFLE(a, c, 2, 3, 6, 7), FS_SHUFFLE(b, d, 0, 1, 4, 5),
+                        FS_SHUFFLE(b, d, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) __builtin_memcpy(y + i * y_stride, &out[i], sizeof out[i]);
 }
+template <class Half>
+FS_INLINE void transpose_words(const Half* x, int64_t x_stride, Half* y, int64_t y_stride) {
+  for (int row = 0; row < 4; ++row) {
+    for (int c = 0; c < 4; ++c) y[row * y_stride + c] = x[c * x_stride + row];
+  }
+}
+
+// Positions `rows` of a contiguous sample, channels-last.
+template <class T>
+FS_INLINE void transpose(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, int64_t channels) {
+  const int64_t row_blocks = rows / 4 * 4, channel_blocks = channels / 4 * 4;
+  for (int64_t row = 0; row < row_blocks; row += 4) {
+    for (int64_t c = 0; c < channel_blocks; c += 4) {
+      transpose_words(x + c * x_stride + row, x_stride, y + row * y_stride + c, y_stride);
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t c = row < row_blocks ? channel_blocks : 0; c < channels; ++c) {
+      y[row * y_stride + c] = x[c * x_stride + row];
+    }
+  }
+}
+
+// One of the two inputs. What is contiguous is first transposed to where its result goes, and normalised there.
+template <class T>
+struct Input {
+  Tensor<const T> given;
+  Tensor<T> place;
+  bool transposed;
+
+  FS_ALWAYS_INLINE Input(Tensor<const T> x, Tensor<T> out, int64_t channels, int64_t positions)
+      : given(x), place(out), transposed(!is_channels_last(channels, positions, x)) {}
+
+  FS_ALWAYS_INLINE int64_t stride() const { return transposed ? place.position : given.position; }
+  FS_ALWAYS_INLINE const T* at(int64_t sample, int64_t row) const {
+    return transposed ? target(sample, row) : given.data + sample * given.batch + row * given.position;
+  }
+  FS_ALWAYS_INLINE T* target(int64_t sample, int64_t row) const {
+    return place.data + sample * place.batch + row * place.position;
+  }
+
+  FS_ALWAYS_INLINE void prepare(int64_t sample, Range rows, int64_t channels) const {
+    if (!transposed) return;
+    // positions have stride 1 unless there is one alone
+    transpose(given.data + sample * given.batch + rows.begin, given.channel, target(sample, rows.begin), place.position,
+              rows.end - rows.begin, channels);
+  }
+
+  FS_ALWAYS_INLINE void map_rows(const Map& map, int64_t sample, Range rows, int64_t channels) const {
+    for (int64_t row = rows.begin; row < rows.end; ++row) map.row(at(sample, row), target(sample, row), channels);
+  }
+};
 
 // One thread's part.
 template <class T>
 struct Taps {
   const Problem& problem;
-  Tensor<const T> feature, gradient;
-  bool feature_last, gradient_last;  // channels-last or contiguous
-  Tensor<T> out;
+  Input<T> feature, gradient;
   Blocks blocks;
   int64_t step;
   float* moments;        // [slots, blocks, 2, step], of the feature
   double* sums;          // [slots, blocks, 2, step], of the gradient
   Map feature_map, gradient_map;
   double *first_channel, *second_channel;  // [step]
-  T* tile;                                 // [kTile, channels]
 
   FS_ALWAYS_INLINE int64_t partial(int64_t slot, int64_t block) const { return (slot * blocks.count + block) * 2 * step; }
 
   void first(int64_t sample, int64_t slot, int64_t block) const {
     const Range rows = blocks.rows_of(block);
-    feature_block(feature.data + sample * feature.batch + rows.begin * feature.position, rows.end - rows.begin,
-                  moments + partial(slot, block));
-    gradient_block(gradient.data + sample * gradient.batch + rows.begin * gradient.position, rows.end - rows.begin,
-                   sums + partial(slot, block));
+    feature.prepare(sample, rows, problem.channels);
+    gradient.prepare(sample, rows, problem.channels);
+    float* to = moments + partial(slot, block);
+    block_moments(feature.at(sample, rows.begin), feature.stride(), rows.end - rows.begin, problem.channels, to,
+                  to + step);
+    gradient_sums(gradient.at(sample, rows.begin), rows.end - rows.begin, sums + partial(slot, block));
   }
 
-  FS_ALWAYS_INLINE void feature_block(const T* x, int64_t rows, float* to) const {
-    if (feature_last) {
-      block_moments(x, feature.position, rows, problem.channels, to, to + step);
-      return;
-    }
-    for (int64_t c = 0; c < problem.channels; ++c) {
-      Moments run{0.0, 0.0, 0.0};
-      run_moments(x + c * feature.channel, rows, run);
-      to[c] = static_cast<float>(run.mean);
-      to[step + c] = static_cast<float>(run.squares);
-    }
-  }
-
-  FS_ALWAYS_INLINE void gradient_block(const T* x, int64_t rows, double* to) const {
-    if (!gradient_last) {
-      for (int64_t c = 0; c < problem.channels; ++c) run_sums(x + c * gradient.channel, rows, to + c, to + step + c);
-      return;
-    }
+  FS_ALWAYS_INLINE void gradient_sums(const T* x, int64_t rows, double* to) const {
     const int64_t whole = problem.channels / kLanes * kLanes;
     for (int64_t c = 0; c < whole; c += kLanes) {
-      strip_sums<false>(x + c, gradient.position, rows, kLanes, to + c, to + step + c);
+      strip_sums<false>(x + c, gradient.stride(), rows, kLanes, to + c, to + step + c);
     }
     const int rest = static_cast<int>(problem.channels - whole);
-    if (rest > 0) strip_sums<true>(x + whole, gradient.position, rows, rest, to + whole, to + step + whole);
+    if (rest > 0) strip_sums<true>(x + whole, gradient.stride(), rows, rest, to + whole, to + step + whole);
   }
 
   void finish(int64_t sample, int64_t slot, bool owner) const {
@@ -199,32 +236,9 @@ struct Taps {
     return rms;
   }
 
-  void second(int64_t sample, int64_t block) const {
-    const Range rows = blocks.rows_of(block);
-    T* to = out.data + sample * out.batch;
-    map_block(feature, feature_last, feature_map, sample, rows, to);
-    map_block(gradient, gradient_last, gradient_map, sample, rows, to + problem.channels);
-  }
-
-  FS_ALWAYS_INLINE void map_block(const Tensor<const T>& x, bool last, const Map& map, int64_t sample, Range rows,
-                                  T* to) const {
-    const T* from = x.data + sample * x.batch;
-    if (last) {
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        map.row(from + row * x.position, to + row * out.position, problem.channels);
-      }
-      return;
-    }
-    for (int64_t begin = rows.begin; begin < rows.end; begin += kTile) {
-      const int64_t count = rows.end - begin < kTile ? rows.end - begin : kTile;
-      for (int64_t c = 0; c < problem.channels; ++c) {
-        const T* run = from + c * x.channel + begin * x.position;
-        for (int64_t i = 0; i < count; ++i) tile[i * problem.channels + c] = run[i];
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        map.row(tile + i * problem.channels, to + (begin + i) * out.position, problem.channels);
-      }
-    }
+  void second(int64_t sample, int64_t, int64_t block) const {
+    feature.map_rows(feature_map, sample, blocks.rows_of(block), problem.channels);
+    gradient.map_rows(gradient_map, sample, blocks.rows_of(block), problem.channels);
   }
 };
 
@@ -237,24 +251,21 @@ int run(const Problem& problem, Tensor<const T> feature, Tensor<const T> gradien
   const int64_t partial_size = slots_of(threads) * blocks.count * 2 * step;
   void* memory =
       scratch(Carver::bytes<float>(partial_size) + Carver::bytes<double>(partial_size) +
-              Carver::bytes<float>(threads * 8 * step) + Carver::bytes<double>(threads * 2 * step) +
-              Carver::bytes<T>(threads * kTile * step));
+              Carver::bytes<float>(threads * 8 * step) + Carver::bytes<double>(threads * 2 * step));
   if (memory == nullptr) return FS_NO_MEMORY;
   Carver carver(memory);
   float* moments = carver.take<float>(partial_size);
   double* sums = carver.take<double>(partial_size);
   float* maps = carver.take<float>(threads * 8 * step);
   double* channels = carver.take<double>(threads * 2 * step);
-  T* tiles = carver.take<T>(threads * kTile * step);
+  Tensor<T> beside = out;
+  beside.data += problem.channels;
   parallel(threads, [&](Team team) {
     float* map = maps + team.id * 8 * step;
     double* own = channels + team.id * 2 * step;
     Taps<T> work{problem,
-                 feature,
-                 gradient,
-                 is_channels_last(problem.channels, problem.positions, feature),
-                 is_channels_last(problem.channels, problem.positions, gradient),
-                 out,
+                 Input<T>(feature, out, problem.channels, problem.positions),
+                 Input<T>(gradient, beside, problem.channels, problem.positions),
                  blocks,
                  step,
                  moments,
@@ -262,8 +273,7 @@ int run(const Problem& problem, Tensor<const T> feature, Tensor<const T> gradien
                  Map(map, step),
                  Map(map + 4 * step, step),
                  own,
-                 own + step,
-                 tiles + team.id * kTile * step};
+                 own + step};
     two_passes(team, problem.batch, blocks.count, work);
   });
   return FS_OK;
