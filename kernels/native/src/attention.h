@@ -1,0 +1,200 @@
+// Attention of one head over the tokens of one or two taps, and of a position over its own tokens.
+#ifndef FASTSCORE_ATTENTION_H
+#define FASTSCORE_ATTENTION_H
+
+#include "gemm.h"
+
+namespace fs::FS_ISA {
+
+// One sample: queries and the taps' tokens, keys in the first `channels` channels and values after
+// them.
+template <class T>
+struct TapTokens {
+  const T* query;
+  const T* tap[2];  // the second may be null
+  int64_t query_stride, tap_stride[2];
+  int64_t channels, positions, heads;
+
+  FS_ALWAYS_INLINE int64_t taps() const { return tap[1] != nullptr ? 2 : 1; }
+  FS_ALWAYS_INLINE int64_t tokens() const { return taps() * positions; }
+  FS_ALWAYS_INLINE int64_t width() const { return channels / heads; }
+  FS_ALWAYS_INLINE double scale() const {
+    return 1.0 / __builtin_sqrt(static_cast<double>(width()));
+  }
+};
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// Queries whose scores over all tokens are held at once.
+constexpr int64_t kQueryRows = 12;
+
+// Scores lie a little apart from whole pages, so that rows do not compete for the same sets of the
+// cache.
+FS_INLINE int64_t score_stride(int64_t tokens) { return padded(tokens) + 16; }
+
+// Keys [channel][token] and values [token][channel] of a head, packed as right sides of products.
+template <class T>
+static inline void pack_keys(const TapTokens<T>& t, int64_t head, int64_t offset, float* packed) {
+  const Panels panels(t.tokens(), t.width());
+  for (int64_t i = 0; i < t.taps(); ++i) {
+    pack_rows(panels, packed, i * t.positions, t.positions, 0, t.width(),
+              t.tap[i] + offset + head * t.width(), t.tap_stride[i]);
+  }
+  pack_padding(panels, packed);
+}
+template <class T>
+static inline void pack_values(const TapTokens<T>& t, int64_t head, int64_t offset, float* packed) {
+  const Panels panels(t.width(), t.tokens());
+  for (int64_t i = 0; i < t.taps(); ++i) {
+    pack_depths(panels, packed, i * t.positions, t.positions, t.tap[i] + offset + head * t.width(),
+                t.tap_stride[i]);
+  }
+}
+
+// to = from * factor, of either type
+template <class T, class U>
+FS_INLINE void scale_row(const T* from, int64_t count, float factor, U* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int lanes = lanes_left(count, i);
+    store_lanes(to + i, load_lanes(from + i, lanes) * broadcast(factor), lanes);
+  }
+}
+
+// 2^x for x <= 0, relative error below 3e-7; not below 2^-126, which is nothing beside the largest
+// score's 1
+FS_INLINE Vf power_of_two(Vf x) {
+  const Vf clamped = maximum(broadcast(-126.0f), x);
+  // adding this rounds to an integer and leaves it, with the bias of the exponent, in the low bits
+  const Vf magic = broadcast(0x1.8000fep23f);
+  const Vf shifted = clamped + magic;
+  const Vf r = clamped - (shifted - magic);
+  // minimax polynomial on [-1/2, 1/2]
+  Vf p = fma(broadcast(0x1.5c08e4p-10f), r, broadcast(0x1.3d0c52p-7f));
+  p = fma(p, r, broadcast(0x1.c6b6e4p-5f));
+  p = fma(p, r, broadcast(0x1.ebf918p-3f));
+  p = fma(p, r, broadcast(0x1.62e428p-1f));
+  p = fma(p, r, broadcast(1.0f));
+  return p * as_float(as_int(shifted) << 23);
+}
+
+// Turns a row of scores, in units of log 2, into 2^(score - largest); returns one over their sum.
+// The row is padded to whole vectors, with what counts for nothing.
+static inline float exponentials(float* scores, int64_t count) {
+  const int64_t whole = padded(count);
+  for (int64_t i = count; i < whole; ++i) scores[i] = -__builtin_inff();
+  Vf most[2] = {load(scores), load(scores)};
+  int64_t i = kLanes;
+  for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+    for (int u = 0; u < 2; ++u) most[u] = maximum(most[u], load(scores + i + u * kLanes));
+  }
+  if (i < whole) most[0] = maximum(most[0], load(scores + i));
+  const Vf top = broadcast(largest(maximum(most[0], most[1])));
+  Vf total[2] = {zero(), zero()};
+  const auto step = [&](int u, float* p) {
+    const Vf e = power_of_two(load(p) - top);
+    store(p, e);
+    total[u] += e;
+  };
+  for (i = 0; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+    for (int u = 0; u < 2; ++u) step(u, scores + i + u * kLanes);
+  }
+  if (i < whole) step(0, scores + i);
+  return 1.0f / sum(total[0] + total[1]);
+}
+
+// Floats of scratch memory that attend needs.
+template <class T>
+static inline size_t attend_memory(const TapTokens<T>& t) {
+  const Panels keys(t.tokens(), t.width()), values(t.width(), t.tokens());
+  return Carver::bytes<float>(keys.size()) + Carver::bytes<float>(values.size()) +
+         Carver::bytes<float>(kQueryRows * t.width()) +
+         Carver::bytes<float>(kQueryRows * score_stride(t.tokens())) +
+         Carver::bytes<float>(kQueryRows * padded(t.width()));
+}
+
+// Attention of a head's queries in `queries` over all tokens; out is the sample's first row and
+// channel.
+template <class T, class U>
+static void attend(const TapTokens<T>& t, int64_t head, Range queries, U* out, int64_t out_stride,
+                   void* memory) {
+  const int64_t width = t.width(), tokens = t.tokens(), stride = score_stride(tokens);
+  const Panels key_panels(tokens, width), value_panels(width, tokens);
+  Carver carver(memory);
+  float* keys = carver.take<float>(key_panels.size());
+  float* values = carver.take<float>(value_panels.size());
+  float* query = carver.take<float>(kQueryRows * width);
+  float* scores = carver.take<float>(kQueryRows * stride);
+  float* mixed = carver.take<float>(kQueryRows * padded(width));
+  pack_keys(t, head, 0, keys);
+  pack_values(t, head, t.channels, values);
+  const float scale = static_cast<float>(t.scale() * kLog2E);
+  for (int64_t n = queries.begin; n < queries.end; n += kQueryRows) {
+    const int64_t rows = queries.end - n < kQueryRows ? queries.end - n : kQueryRows;
+    for (int64_t r = 0; r < rows; ++r) {
+      scale_row(t.query + (n + r) * t.query_stride + head * width, width, scale, query + r * width);
+    }
+    gemm(key_panels, rows, {query, width, 1}, keys, Start::kZero, nullptr, scores, stride);
+    float inverse[kQueryRows];
+    for (int64_t r = 0; r < rows; ++r) inverse[r] = exponentials(scores + r * stride, tokens);
+    gemm(value_panels, rows, {scores, stride, 1}, values, Start::kZero, nullptr, mixed,
+         padded(width));
+    for (int64_t r = 0; r < rows; ++r) {
+      scale_row(mixed + r * padded(width), width, inverse[r],
+                out + (n + r) * out_stride + head * width);
+    }
+  }
+}
+
+// Rows of floats: a query, and keys and values of two taps at one position each.
+struct Rows {
+  const float *query, *first, *second;
+  int64_t query_stride, first_stride, second_stride;
+};
+
+// sum over a head of q * (k2 - k1), the difference of its two scores but for the scale
+FS_INLINE float score_difference(const float* q, const float* k1, const float* k2, int64_t width) {
+  Vf total = zero();
+  int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes)
+    total = fma(load(q + c), load(k2 + c) - load(k1 + c), total);
+  if (c < width) {
+    const int rest = static_cast<int>(width - c);
+    total = fma(load(q + c, rest), load(k2 + c, rest) - load(k1 + c, rest), total);
+  }
+  return sum(total);
+}
+
+// Weighs the tokens of two taps at each of `rows` positions, head by head: a softmax over two
+// scores is a sigmoid of their difference. `weights` has room for padded(rows * heads) floats.
+static inline void weigh_rows(const Rows& t, int64_t rows, int64_t channels, int64_t heads,
+                              float* out, int64_t out_stride, float* weights) {
+  const int64_t width = channels / heads, pairs = rows * heads;
+  float* at = weights;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float *q = t.query + r * t.query_stride, *k1 = t.first + r * t.first_stride;
+    const float* k2 = t.second + r * t.second_stride;
+    for (int64_t c = 0; c < channels; c += width)
+      *at++ = score_difference(q + c, k1 + c, k2 + c, width);
+  }
+  const Vf scale = broadcast(static_cast<float>(1.0 / __builtin_sqrt(static_cast<double>(width))));
+  for (int64_t i = 0; i < pairs; i += kLanes)
+    store(weights + i, sigmoid(load(weights + i) * scale));
+  at = weights;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float *v1 = t.first + r * t.first_stride + channels,
+                *v2 = t.second + r * t.second_stride + channels;
+    float* to = out + r * out_stride;
+    for (int64_t begin = 0; begin < channels; begin += width) {
+      const Vf weight = broadcast(*at++);
+      for (int64_t c = begin; c < begin + width; c += kLanes) {
+        const int lanes = lanes_left(begin + width, c);
+        const Vf a = load_lanes(v1 + c, lanes);
+        store_lanes(to + c, fma(weight, load_lanes(v2 + c, lanes) - a, a), lanes);
+      }
+    }
+  }
+}
+
+}  // namespace fs::FS_ISA
+
+#endif  // FASTSCORE_ATTENTION_H
