@@ -130,3 +130,16 @@ def load_affine(weight, bias, film, film_stride, b, c, c_mask, C: tl.constexpr, 
         factor = factor * scale
         summand = summand * scale + shift
     return factor, summand
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b on tensor cores, fp32 accumulation.
+
+    fp32 inputs are split into three tf32 products: 2^-21 of the largest product is lost, where one
+    would lose 2^-11, and plain fp32 has no tensor core and spills.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision="tf32x3")

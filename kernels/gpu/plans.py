@@ -75,12 +75,14 @@ def plan_taps(op: str, x: Tensor, groups: int, split: bool | None = None) -> Nor
         split = channels * positions > _LONE_TAP
     if split:
         bundle = _wide(groups, per_group)
-        rule = _split_rule(positions, per_group * bundle, last)
+        # half a tile of fp32 numbers takes the registers of a whole one when squares are fp64
+        rule = _split_rule(positions, per_group * bundle, last, _TILE // 2)
         rule["splits"] = ceil_div(2 * device.multiprocessors, batch * (groups // bundle))
     else:
         # taps are written with channels side by side, whatever they are read from
         bundle = _narrow(groups, per_group, x.element_size())
         rule = _whole_rule(positions, per_group * bundle, True)
+        rule["warps"] = min(16, 2 * rule["warps"])
     rule["bundle"] = bundle
     return _checked(choose(op, device, _key(x, batch, groups), rule), channels, groups, positions)
 
@@ -108,8 +110,8 @@ def _wide(groups: int, per_group: int) -> int:
     return next((d for d in divisors if d * per_group <= _MAX_CHANNELS), 1)
 
 
-def _split_rule(positions: int, channels: int, last: bool) -> dict[str, int]:
-    block_n = max(1, _TILE // power_of_two(channels))
+def _split_rule(positions: int, channels: int, last: bool, tile: int = _TILE) -> dict[str, int]:
+    block_n = max(1, tile // power_of_two(channels))
     if not last:
         block_n = max(64, block_n)
     return {"block_n": min(block_n, power_of_two(positions)), "warps": 4, "splits": 1}
