@@ -1,6 +1,6 @@
-// Means and sums of squared deviations. Within a block the mean is taken first, so that the squares are
-// of deviations from it: no shift has to be guessed and a large mean costs no precision. Blocks are
-// combined as in Chan, Golub and LeVeque (1983).
+// Means and sums of squared deviations. Within a block the mean is taken first, so that the squares
+// are of deviations from it: no shift has to be guessed and a large mean costs no precision. Blocks
+// are combined as in Chan, Golub and LeVeque (1983).
 #ifndef FASTSCORE_MOMENTS_H
 #define FASTSCORE_MOMENTS_H
 
@@ -20,9 +20,11 @@ struct Moments {
   }
 };
 
-// V vectors of channels over `rows` positions of a channels-last tensor; the last vector has `lanes` lanes.
+// V vectors of channels over `rows` positions of a channels-last tensor; the last vector has
+// `lanes` lanes.
 template <int V, bool Partial, class T>
-FS_INLINE void strip_moments(const T* x, int64_t stride, int64_t rows, int lanes, float* mean, float* squares) {
+FS_INLINE void strip_moments(const T* x, int64_t stride, int64_t rows, int lanes, float* mean,
+                             float* squares) {
   // four chains of sums in all: fewer would wait for their own results
   constexpr int kRows = V >= 4 ? 1 : 4 / V;
   const auto get = [&](const T* p) { return Partial ? load(p, lanes) : load(p); };
@@ -61,9 +63,11 @@ FS_INLINE void strip_moments(const T* x, int64_t stride, int64_t rows, int lanes
   }
 }
 
-// Mean and sum of squared deviations of every channel over `rows` positions; arrays of padded(channels).
+// Mean and sum of squared deviations of every channel over `rows` positions; arrays of
+// padded(channels).
 template <class T>
-FS_INLINE void block_moments(const T* x, int64_t stride, int64_t rows, int64_t channels, float* mean, float* squares) {
+FS_INLINE void block_moments(const T* x, int64_t stride, int64_t rows, int64_t channels,
+                             float* mean, float* squares) {
   int64_t c = 0;
   for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
     strip_moments<4, false>(x + c, stride, rows, kLanes, mean + c, squares + c);
@@ -75,14 +79,16 @@ FS_INLINE void block_moments(const T* x, int64_t stride, int64_t rows, int64_t c
     strip_moments<1, false>(x + c, stride, rows, kLanes, mean + c, squares + c);
   }
   if (c < channels) {
-    strip_moments<1, true>(x + c, stride, rows, static_cast<int>(channels - c), mean + c, squares + c);
+    strip_moments<1, true>(x + c, stride, rows, static_cast<int>(channels - c), mean + c,
+                           squares + c);
   }
 }
 
-// The moments of whole channels from those of their blocks: block b's are at mean and squares + b * step.
-// One lane a channel; the result has one double a channel.
-static inline void merge_blocks(const float* mean, const float* squares, int64_t step, Blocks blocks, int64_t channels,
-                                double* channel_mean, double* channel_squares) {
+// The moments of whole channels from those of their blocks: block b's are at mean and squares + b *
+// step. One lane a channel; the result has one double a channel.
+static inline void merge_blocks(const float* mean, const float* squares, int64_t step,
+                                Blocks blocks, int64_t channels, double* channel_mean,
+                                double* channel_squares) {
   for (int64_t c = 0; c < channels; c += kLanes) {
     Vd m = widen(load(mean + c)), q = widen(load(squares + c));
     double count = static_cast<double>(blocks.rows_of(0).end);
@@ -101,7 +107,8 @@ static inline void merge_blocks(const float* mean, const float* squares, int64_t
 }
 
 // The moments of a group from those of its channels, `positions` values each.
-FS_INLINE Moments group_moments(const double* mean, const double* squares, int64_t channels, int64_t positions) {
+FS_INLINE Moments group_moments(const double* mean, const double* squares, int64_t channels,
+                                int64_t positions) {
   double center = 0.0, sum_squares = 0.0;
   for (int64_t c = 0; c < channels; ++c) center += mean[c];
   center /= static_cast<double>(channels);
@@ -128,7 +135,8 @@ FS_INLINE void run_moments(const T* x, int64_t count, Moments& moments) {
     }
     for (int64_t i = quad; i < whole; i += kLanes) total[0] += load(p + i);
     if (rest > 0) total[1] += load(p + whole, rest);
-    const float mean = sum((total[0] + total[1]) + (total[2] + total[3])) / static_cast<float>(size);
+    const float mean =
+        sum((total[0] + total[1]) + (total[2] + total[3])) / static_cast<float>(size);
     const Vf center = broadcast(mean);
     Vf square[4] = {};
     for (int64_t i = 0; i < quad; i += 4 * kLanes) {

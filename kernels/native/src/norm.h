@@ -21,7 +21,8 @@ FS_INLINE int with_dtype(int dtype, Body&& body) {
 }
 
 // `count` elements from element `begin` on, as floats
-static inline void to_floats(const void* data, int dtype, int64_t begin, int64_t count, float* out) {
+static inline void to_floats(const void* data, int dtype, int64_t begin, int64_t count,
+                             float* out) {
   with_dtype(dtype, [&](auto* type) {
     const auto* p = static_cast<decltype(type)>(const_cast<void*>(data)) + begin;
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -43,8 +44,8 @@ FS_INLINE bool is_channels_last(int64_t channels, int64_t positions, const Tenso
 // channels, rounded up to whole vectors: the length of per-channel arrays in scratch memory
 FS_INLINE int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
-// A sample's positions in blocks, which depend on their number alone: sums are taken in fp32 within a block
-// and in double precision over blocks.
+// A sample's positions in blocks, which depend on their number alone: sums are taken in fp32 within
+// a block and in double precision over blocks.
 struct Blocks {
   int64_t positions, rows, count;
 
@@ -63,13 +64,17 @@ FS_INLINE Blocks blocks_of(int64_t positions) {
   return {positions, rows, (positions + rows - 1) / rows};
 }
 
-// Slots for partial sums that two_passes needs: the samples that a thread does alone, and the shared ones.
-FS_INLINE int64_t slots_of(int threads) { return threads > 1 ? 2 * static_cast<int64_t>(threads) : 1; }
+// Slots for partial sums that two_passes needs: the samples that a thread does alone, and the
+// shared ones.
+FS_INLINE int64_t slots_of(int threads) {
+  return threads > 1 ? 2 * static_cast<int64_t>(threads) : 1;
+}
 
-// Runs work.first(sample, slot, block) over all blocks of every sample, then, once a sample's are done,
-// work.finish(sample, slot, owner) on every thread that needs its result, then work.second(sample, slot, block).
-// Exactly one thread is the owner of a sample. Threads take whole samples as long as there are
-// enough for all: they then wait for nobody, and a sample is still in the cache for its second pass.
+// Runs work.first(sample, slot, block) over all blocks of every sample, then, once a sample's are
+// done, work.finish(sample, slot, owner) on every thread that needs its result, then
+// work.second(sample, slot, block). Exactly one thread is the owner of a sample. Threads take whole
+// samples as long as there are enough for all: they then wait for nobody, and a sample is still in
+// the cache for its second pass.
 template <class Work>
 FS_INLINE void two_passes(Team team, int64_t batch, int64_t blocks, Work& work) {
   const int64_t alone = batch / team.count;
@@ -93,8 +98,8 @@ FS_INLINE void two_passes(Team team, int64_t batch, int64_t blocks, Work& work) 
   }
 }
 
-// What a channel's normalised value is multiplied with and what is added: weight and bias, and the film of
-// the sample where there is one.
+// What a channel's normalised value is multiplied with and what is added: weight and bias, and the
+// film of the sample where there is one.
 struct Affine {
   const void *weight, *bias;
   int dtype;
@@ -103,7 +108,8 @@ struct Affine {
   int film_dtype;
   int64_t channels;
 
-  // the affine map of a sample's channels; four arrays of padded(channels), the last two are free before and after
+  // the affine map of a sample's channels; four arrays of padded(channels), the last two are free
+  // before and after
   void fold(int64_t sample, float* scale, float* shift, float* free_1, float* free_2) const {
     to_floats(weight, dtype, 0, channels, scale);
     to_floats(bias, dtype, 0, channels, shift);

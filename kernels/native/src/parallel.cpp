@@ -2,8 +2,9 @@
 
 #include <atomic>
 
-// The entry points that compilers emit for OpenMP, called by name: GNU's runtime and LLVM's both have them,
-// so a library built by either compiler uses whichever runtime torch has loaded, and its threads.
+// The entry points that compilers emit for OpenMP, called by name: GNU's runtime and LLVM's both
+// have them, so a library built by either compiler uses whichever runtime torch has loaded, and its
+// threads.
 extern "C" {
 void GOMP_parallel(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 void GOMP_barrier(void);

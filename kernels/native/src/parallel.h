@@ -1,5 +1,5 @@
-// Threads. Work is cut into items whose size depends on the shape alone and partial results are combined
-// in the order of the items, so results do not depend on the number of threads.
+// Threads. Work is cut into items whose size depends on the shape alone and partial results are
+// combined in the order of the items, so results do not depend on the number of threads.
 #ifndef FASTSCORE_PARALLEL_H
 #define FASTSCORE_PARALLEL_H
 
@@ -25,11 +25,13 @@ struct Team {
   }
 };
 
-// Threads worth starting for `work` elements, each at least `grain`, cut into `items`: 1 inside a parallel region.
-// A region costs some microseconds; the default grain is about three times that of normalisation.
+// Threads worth starting for `work` elements, each at least `grain`, cut into `items`: 1 inside a
+// parallel region. A region costs some microseconds; the default grain is about three times that of
+// normalisation.
 int threads_for(int64_t work, int64_t items, int64_t grain = 8192);
 
-// Calls body(context, team) on `threads` threads (fewer where the runtime grants fewer) and waits for all.
+// Calls body(context, team) on `threads` threads (fewer where the runtime grants fewer) and waits
+// for all.
 void run_team(int threads, void (*body)(void* context, Team team), void* context);
 
 // body: void(Team). It must not throw.
@@ -54,11 +56,13 @@ static inline void parallel_for(int threads, int64_t items, Body&& body) {
   });
 }
 
-// At least `bytes` of memory, aligned to 64, that belong to the calling thread until its next call of scratch;
-// null when there is none. Never shrinks: nothing is allocated once the largest shape was seen.
+// At least `bytes` of memory, aligned to 64, that belong to the calling thread until its next call
+// of scratch; null when there is none. Never shrinks: nothing is allocated once the largest shape
+// was seen.
 void* scratch(size_t bytes);
 
-// Cuts scratch memory into arrays, each aligned to 64 bytes: first add up the sizes, then take them.
+// Cuts scratch memory into arrays, each aligned to 64 bytes: first add up the sizes, then take
+// them.
 class Carver {
  public:
   template <class T>

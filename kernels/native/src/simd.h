@@ -1,12 +1,14 @@
 // Vectors of floats of the instruction set that a source is compiled for.
 //
-// Vf holds kLanes floats, Vi as many int32, Vd as many doubles. load and store convert from and to bf16 and
-// fp16, rounding to nearest even; with a count they touch the first `count` lanes alone, and load zeroes the
-// others; keep_lanes zeroes the others of a vector. + - * / work on Vf lane by lane, each rounded on its own; fma is fused where the processor can.
+// Vf holds kLanes floats, Vi as many int32, Vd as many doubles. load and store convert from and to
+// bf16 and fp16, rounding to nearest even; with a count they touch the first `count` lanes alone,
+// and load zeroes the others; keep_lanes zeroes the others of a vector. + - * / work on Vf lane by
+// lane, each rounded on its own; fma is fused where the processor can.
 //
-// Everything is local to the source: a function that the linker could share between instruction sets would
-// run instructions that the processor lacks. For the same reason the sources of operations use nothing of
-// the standard library but plain C, and have no static objects with constructors.
+// Everything is local to the source: a function that the linker could share between instruction
+// sets would run instructions that the processor lacks. For the same reason the sources of
+// operations use nothing of the standard library but plain C, and have no static objects with
+// constructors.
 #ifndef FASTSCORE_SIMD_H
 #define FASTSCORE_SIMD_H
 
@@ -58,8 +60,8 @@ FS_INLINE Vf exp_clamped(Vf x) {
 // e^x. Below -87.3 it is 0, above 88.3 it stays at e^88.3.
 FS_INLINE Vf exp(Vf x) { return zero_where_less(exp_clamped(x), x, -87.3f); }
 
-// 1 / (1 + e^-x) and x / (1 + e^-x), relative error below 1e-6 above -87 and next to 0 below. The division has
-// its own unit, which a product with a reciprocal would leave idle.
+// 1 / (1 + e^-x) and x / (1 + e^-x), relative error below 1e-6 above -87 and next to 0 below. The
+// division has its own unit, which a product with a reciprocal would leave idle.
 FS_INLINE Vf sigmoid(Vf x) { return broadcast(1.0f) / (broadcast(1.0f) + exp_clamped(zero() - x)); }
 FS_INLINE Vf silu(Vf x) { return x / (broadcast(1.0f) + exp_clamped(zero() - x)); }
 

@@ -22,7 +22,9 @@ FS_INLINE __m128i to_bf16(__m256 v) {
   const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
 }
-FS_INLINE __m128i load_halves(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+FS_INLINE __m128i load_halves(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
 FS_INLINE __m128i load_halves(const void* p, int count) {
   alignas(16) uint16_t lanes[8] = {};
   __builtin_memcpy(lanes, p, static_cast<size_t>(count) * 2);
@@ -60,7 +62,9 @@ FS_INLINE Vf square_root(Vf v) { return _mm256_sqrt_ps(v); }
 FS_INLINE Vf zero_where_less(Vf v, Vf x, float limit) {
   return _mm256_and_ps(_mm256_cmp_ps(x, broadcast(limit), _CMP_NLT_UQ), v);
 }
-FS_INLINE Vf keep_lanes(Vf v, int count) { return _mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), v); }
+FS_INLINE Vf keep_lanes(Vf v, int count) {
+  return _mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), v);
+}
 FS_INLINE Vf reciprocal(Vf v) {
   const Vf r = _mm256_rcp_ps(v);
   return fma(r, fnma(v, r, broadcast(1.0f)), r);

@@ -22,20 +22,32 @@ FS_INLINE __m256i to_bf16(__m512 v) {
 
 FS_INLINE Vf broadcast(float v) { return _mm512_set1_ps(v); }
 FS_INLINE Vf load(const float* p) { return _mm512_loadu_ps(p); }
-FS_INLINE Vf load(const Bf16* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-FS_INLINE Vf load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-FS_INLINE Vf load(const float* p, int count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
-FS_INLINE Vf load(const Bf16* p, int count) { return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(count), p)); }
+FS_INLINE Vf load(const Bf16* p) {
+  return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FS_INLINE Vf load(const F16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+FS_INLINE Vf load(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+FS_INLINE Vf load(const Bf16* p, int count) {
+  return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
 FS_INLINE Vf load(const F16* p, int count) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p));
 }
 FS_INLINE void store(float* p, Vf v) { _mm512_storeu_ps(p, v); }
-FS_INLINE void store(Bf16* p, Vf v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
+FS_INLINE void store(Bf16* p, Vf v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v));
+}
 FS_INLINE void store(F16* p, Vf v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 FS_INLINE void store(float* p, Vf v, int count) { _mm512_mask_storeu_ps(p, first_lanes(count), v); }
-FS_INLINE void store(Bf16* p, Vf v, int count) { _mm256_mask_storeu_epi16(p, first_lanes(count), to_bf16(v)); }
+FS_INLINE void store(Bf16* p, Vf v, int count) {
+  _mm256_mask_storeu_epi16(p, first_lanes(count), to_bf16(v));
+}
 FS_INLINE void store(F16* p, Vf v, int count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -62,7 +74,8 @@ FS_INLINE float largest(Vf v) { return _mm512_reduce_max_ps(v); }
 
 FS_INLINE Vd broadcast_double(double v) { return {_mm512_set1_pd(v), _mm512_set1_pd(v)}; }
 FS_INLINE Vd widen(Vf v) {
-  return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
+          _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
 }
 FS_INLINE Vd add(Vd a, Vd b) { return {a.lo + b.lo, a.hi + b.hi}; }
 FS_INLINE Vd scaled(Vd a, double factor) { return {a.lo * factor, a.hi * factor}; }

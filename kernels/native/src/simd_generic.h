@@ -1,5 +1,5 @@
-// Four lanes by the compiler's vector extensions, with NEON's conversions and fused operations where it is the
-// instruction set: included by simd.h inside the namespace of the instruction set.
+// Four lanes by the compiler's vector extensions, with NEON's conversions and fused operations
+// where it is the instruction set: included by simd.h inside the namespace of the instruction set.
 constexpr int kLanes = 4;
 typedef float Vf __attribute__((vector_size(16)));
 typedef int32_t Vi __attribute__((vector_size(16)));
@@ -77,7 +77,9 @@ FS_INLINE void store(Half* p, Vf v) {
   const Vh h = to_bits(p, v);
   __builtin_memcpy(p, &h, sizeof h);
 }
-FS_INLINE void store(float* p, Vf v, int count) { __builtin_memcpy(p, &v, static_cast<size_t>(count) * 4); }
+FS_INLINE void store(float* p, Vf v, int count) {
+  __builtin_memcpy(p, &v, static_cast<size_t>(count) * 4);
+}
 template <class Half>
 FS_INLINE void store(Half* p, Vf v, int count) {
   const Vh h = to_bits(p, v);
@@ -85,8 +87,12 @@ FS_INLINE void store(Half* p, Vf v, int count) {
 }
 
 #if defined(FS_ISA_NEON)
-FS_INLINE Vf fma(Vf a, Vf b, Vf c) { return (Vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-FS_INLINE Vf fnma(Vf a, Vf b, Vf c) { return (Vf)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+FS_INLINE Vf fma(Vf a, Vf b, Vf c) {
+  return (Vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+FS_INLINE Vf fnma(Vf a, Vf b, Vf c) {
+  return (Vf)vfmsq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 FS_INLINE Vf square_root(Vf v) { return (Vf)vsqrtq_f32((float32x4_t)v); }
 #else
 // two roundings: fused in no instruction here
@@ -101,7 +107,9 @@ FS_INLINE Vf square_root(Vf v) {
 FS_INLINE Vf minimum(Vf a, Vf b) { return (Vf)choose(a < b, (Vu)a, (Vu)b); }
 FS_INLINE Vf maximum(Vf a, Vf b) { return (Vf)choose(a > b, (Vu)a, (Vu)b); }
 FS_INLINE Vf absolute(Vf v) { return (Vf)((Vu)v & 0x7fffffff); }
-FS_INLINE Vf zero_where_less(Vf v, Vf x, float limit) { return (Vf)(~(Vu)(x < broadcast(limit)) & (Vu)v); }
+FS_INLINE Vf zero_where_less(Vf v, Vf x, float limit) {
+  return (Vf)(~(Vu)(x < broadcast(limit)) & (Vu)v);
+}
 FS_INLINE Vf keep_lanes(Vf v, int count) { return (Vf)((Vu)v & (Vu)(Vi{0, 1, 2, 3} < count)); }
 FS_INLINE Vf reciprocal(Vf v) { return broadcast(1.0f) / v; }
 FS_INLINE float sum(Vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }

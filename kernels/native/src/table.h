@@ -5,8 +5,10 @@
 #include "common.h"
 
 // name of the operation here and, with fs_ before it, in the C interface
-#define FS_OPERATIONS(X) \
-  X(norm_act) X(norm_act_backward) X(tap_norm) X(tap_fuse) X(tap_fuse_backward) X(tap_path) X(solver_step) X(normals)
+#define FS_OPERATIONS(X)                                                                       \
+  X(norm_act)                                                                                  \
+  X(norm_act_backward) X(tap_norm) X(tap_fuse) X(tap_fuse_backward) X(tap_path) X(solver_step) \
+      X(normals)
 
 namespace fs {
 

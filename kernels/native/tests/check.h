@@ -1,4 +1,5 @@
-// What the tests share: a failed check prints where and what, and makes the program fail at its end.
+// What the tests share: a failed check prints where and what, and makes the program fail at its
+// end.
 #ifndef FASTSCORE_TESTS_CHECK_H
 #define FASTSCORE_TESTS_CHECK_H
 
@@ -17,13 +18,13 @@ inline int result() {
 
 }  // namespace check
 
-#define CHECK(condition, ...)                                                 \
-  do {                                                                        \
-    if (!(condition) && ++check::failures <= 20) {                            \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);    \
-      std::fprintf(stderr, __VA_ARGS__);                                      \
-      std::fprintf(stderr, "\n");                                             \
-    }                                                                         \
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition) && ++check::failures <= 20) {                         \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+    }                                                                      \
   } while (false)
 
 #endif  // FASTSCORE_TESTS_CHECK_H

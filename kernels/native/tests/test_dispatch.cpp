@@ -21,6 +21,7 @@ int main() {
   CHECK(fs_set_isa("sse9") == FS_BAD_ARGUMENT && fs_set_isa("") == FS_BAD_ARGUMENT, "unknown name");
   CHECK(fs_set_isa(nullptr) == FS_BAD_ARGUMENT, "no name");
   CHECK(std::strcmp(fs_isa(), "portable") == 0, "%s", fs_isa());
-  CHECK(fs_set_isa("auto") == FS_OK && std::strcmp(fs_isa(), best) == 0, "%s, not %s", fs_isa(), best);
+  CHECK(fs_set_isa("auto") == FS_OK && std::strcmp(fs_isa(), best) == 0, "%s, not %s", fs_isa(),
+        best);
   return check::result();
 }
