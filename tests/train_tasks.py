@@ -1,6 +1,8 @@
 """Small real trainings that the tests of the training loop share; also run as a program."""
 
+import atexit
 import csv
+import os
 import sys
 import time
 from dataclasses import replace
@@ -141,8 +143,19 @@ def assert_same_training(a: Path, b: Path) -> None:
 
 SHARED = replace(CONFIG, steps=10, clip_norm=0.5)
 
+
+def note_group_at_exit(out: Path) -> None:
+    """Write down whether this process still is in its process group when the interpreter ends."""
+    # registered before the training: what that registers has run by then
+    name = f"group_{os.environ['RANK']}.txt"
+    atexit.register(
+        lambda: (out / name).write_text("in" if torch.distributed.is_initialized() else "left")
+    )
+
+
 if __name__ == "__main__":
     if sys.argv[2:] == ["shared"]:
+        note_group_at_exit(Path(sys.argv[1]))
         run(Shared(), SHARED, Path(sys.argv[1]))
     else:
         run(Deconvolve(pause=0.05), replace(CONFIG, checkpoint_minutes=1e-9), Path(sys.argv[1]))

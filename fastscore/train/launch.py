@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import signal
@@ -71,7 +72,21 @@ def launch(accelerator: str, devices: int, precision: str) -> Fabric:
         **_precision(precision, accelerator),
     )
     fabric.launch()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
     return fabric
+
+
+def _leave_group() -> None:
+    """End the threads of gloo while the interpreter can still serve them.
+
+    One that other work kept from its core may hold a tensor of the last collective. To release it
+    during the interpreter's shut-down ends the thread in the middle of C++, and thereby aborts a
+    process whose training has finished well. Fabric does as much for NCCL alone.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def _precision(precision: str, device: str) -> dict[str, Any]:
