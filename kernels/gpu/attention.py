@@ -32,13 +32,16 @@ def attend(
     total,
     acc,
     N,
-    C: tl.constexpr,
+    ROW: tl.constexpr,
+    VALUES: tl.constexpr,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Go on with a running softmax over all keys of a tap [N, 2C] (at its head's first channel).
+    """Go on with a running softmax over all keys of a tap (at its head's first channel).
+
+    A position's keys lie ROW elements apart, its values VALUES after its keys.
 
     query [BLOCK_M, BLOCK_D]; top, total [BLOCK_M] the largest logit, in bits, and the sum of
     weights so far; acc [BLOCK_M, BLOCK_D] the sum of weighted values.
@@ -47,9 +50,9 @@ def attend(
     for at in range(0, N, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         mask = (n < N)[:, None] & (d < D)[None, :]
-        places = tap + n[:, None] * (2 * C) + d[None, :]
+        places = tap + n[:, None] * ROW + d[None, :]
         keys = tl.load(places, mask=mask, other=0.0)
-        values = tl.load(places + C, mask=mask, other=0.0)
+        values = tl.load(places + VALUES, mask=mask, other=0.0)
         logits = dot(query, tl.trans(keys), tl.zeros((query.shape[0], BLOCK_N), tl.float32))
         logits = tl.where((n < N)[None, :], logits * SCALE, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
@@ -71,7 +74,8 @@ def plan_attention(op: str, q: Tensor, heads: int, spatial: bool) -> dict[str, i
         block_d = max(16, block_d)
         # the fewest queries a tensor core takes, more where the processor is full anyway
         programs = batch * heads * ceil_div(positions, 64)
-        block_m = 64 if programs >= device.multiprocessors and block_d <= 64 else 16
+        full = 64 if q.element_size() == 2 else 32
+        block_m = full if programs >= device.multiprocessors and block_d <= 64 else 16
         room = max(16, 8192 // (block_d * q.element_size() // 2))
         rule = {
             "block_m": block_m,

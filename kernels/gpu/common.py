@@ -50,7 +50,7 @@ def channel_moments(
     d = tl.where(mask, tile - shift[None, :], 0.0)
     total = d
     squares = d.to(tl.float64) * d.to(tl.float64) if WIDE else d * d
-    for at in range(start + BLOCK_N, stop, BLOCK_N):
+    for at in tl.range(start + BLOCK_N, stop, BLOCK_N, num_stages=3):
         n = at + tl.arange(0, BLOCK_N)
         mask = (n < stop)[:, None] & c_mask[None, :]
         tile = load_tile(x, n, c, mask, C, N, LAST)

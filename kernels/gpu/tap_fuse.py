@@ -78,10 +78,12 @@ def all_positions_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     base = b * N * 2 * C + head * D
-    top, total, acc = attend(query, first + base, top, total, acc, N, C, D, SCALE, BLOCK_N, BLOCK_D)
+    top, total, acc = attend(
+        query, first + base, top, total, acc, N, 2 * C, C, D, SCALE, BLOCK_N, BLOCK_D
+    )
     if SECOND:
         top, total, acc = attend(
-            query, second + base, top, total, acc, N, C, D, SCALE, BLOCK_N, BLOCK_D
+            query, second + base, top, total, acc, N, 2 * C, C, D, SCALE, BLOCK_N, BLOCK_D
         )
     tl.store(out + places, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 

@@ -133,11 +133,11 @@ def queries_backward_kernel(
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     base = b * N * 2 * C + head * D
     top, total, out = attend(
-        query, first + base, top, total, out, N, C, D, SCALE_BITS, BLOCK_N, BLOCK_D
+        query, first + base, top, total, out, N, 2 * C, C, D, SCALE_BITS, BLOCK_N, BLOCK_D
     )
     if SECOND:
         top, total, out = attend(
-            query, second + base, top, total, out, N, C, D, SCALE_BITS, BLOCK_N, BLOCK_D
+            query, second + base, top, total, out, N, 2 * C, C, D, SCALE_BITS, BLOCK_N, BLOCK_D
         )
     normaliser = top + tl.log2(total)
     delta = tl.sum(out / total[:, None] * g.to(tl.float32), axis=1)
