@@ -102,14 +102,13 @@ static inline float exponentials(float* scores, int64_t count) {
   return 1.0f / sum(total[0] + total[1]);
 }
 
-// Floats of scratch memory that attend needs.
-template <class T>
-static inline size_t attend_memory(const TapTokens<T>& t) {
-  const Panels keys(t.tokens(), t.width()), values(t.width(), t.tokens());
-  return Carver::bytes<float>(keys.size()) + Carver::bytes<float>(values.size()) +
-         Carver::bytes<float>(kQueryRows * t.width()) +
-         Carver::bytes<float>(kQueryRows * score_stride(t.tokens())) +
-         Carver::bytes<float>(kQueryRows * padded(t.width()));
+// Bytes of scratch memory that attend needs.
+static inline size_t attend_memory(int64_t tokens, int64_t width) {
+  return Carver::bytes<float>(Panels(tokens, width).size()) +
+         Carver::bytes<float>(Panels(width, tokens).size()) +
+         Carver::bytes<float>(kQueryRows * width) +
+         Carver::bytes<float>(kQueryRows * score_stride(tokens)) +
+         Carver::bytes<float>(kQueryRows * padded(width));
 }
 
 // Attention of a head's queries in `queries` over all tokens; out is the sample's first row and

@@ -38,7 +38,7 @@ int across_positions(const Fusion<T>& f) {
   const int64_t share = pairs % threads == 0 || pairs >= 4 * threads ? 1
                         : parts < threads                            ? parts
                                                                      : threads;
-  const size_t bytes = attend_memory(t);
+  const size_t bytes = attend_memory(t.tokens(), t.width());
   char* memory = static_cast<char*>(scratch(bytes * static_cast<size_t>(threads)));
   if (memory == nullptr) return FS_NO_MEMORY;
   parallel(threads, [&](Team team) {
