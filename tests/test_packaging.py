@@ -25,7 +25,8 @@ DISTRIBUTIONS = {
 }
 # built where the loader looks for it, beside the package's __init__.py
 LIBRARY = re.compile(r"fastscore_kernels/lib/libfastscore_native\.(so|dylib|dll)")
-PURE = "fastscore-0.1.0-0_without_native_kernels-py3-none-any.whl"
+NAME = f"fastscore-{PROJECT['project']['version']}"
+PURE = f"{NAME}-0_without_native_kernels-py3-none-any.whl"
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
 compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))),
@@ -242,7 +243,7 @@ class TestChoice:
 @compiler
 class TestWithCompiler:
     def test_wheel_holds_all_of_the_packages_and_one_library(self, native):
-        assert re.fullmatch(r"fastscore-0\.1\.0-py3-none-(?!any)\w+\.whl", native.path.name)
+        assert re.fullmatch(re.escape(NAME) + r"-py3-none-(?!any)\w+\.whl", native.path.name)
         assert_files(native, libraries=1)
 
     def test_library_loads_beside_torch(self, native, tmp_path):
