@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.denoiser import TapDenoiser
+from fastscore.layers import set_backend
 
 # Makarov and Gerkmann 2026 (arXiv 2606.20457): a step at 80 x 64, and millions of parameters
 PUBLISHED = {"unguided": 12.07e9, "guided": 16.44e9, "trainable": 4.4e6, "total": 12.3e6}
@@ -50,7 +51,10 @@ def step_macs(denoiser: TapDenoiser, batch: int = 1) -> dict[str, int]:
 
 
 def _meta(denoiser: TapDenoiser) -> TapDenoiser:
-    return copy.deepcopy(denoiser).to("meta")
+    model = copy.deepcopy(denoiser).to("meta")
+    # nothing is computed there, whatever the model's own backend is
+    set_backend(model, None)
+    return model
 
 
 def _inputs(denoiser: TapDenoiser, batch: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastscore.classifier import Classifier
 from fastscore.config import MelSpace, SigmaRange
+from fastscore.solver import Parts
 from fastscore.subnet import ScoreSubnet
 from fastscore.taps import read_taps
 
@@ -73,19 +74,33 @@ class TapDenoiser(nn.Module):
         label [B] int64 (-1: this sample is unguided) and gamma [B] fp32 switch guidance on; both or
         neither are given.
         """
+        parts = self.parts(x, sigma, label, gamma)
+        c_skip, c_out, weight = (
+            c[:, None, None, None] for c in (parts.c_skip, parts.c_out, parts.weight)
+        )
+        denoised = c_skip * x + c_out * parts.raw.float()
+        if parts.guidance is not None:
+            denoised = denoised + weight * parts.guidance.float()
+        return denoised
+
+    def parts(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        label: Tensor | None = None,
+        gamma: Tensor | None = None,
+    ) -> Parts:
+        """What ``forward`` sums up, for a solver that takes the sum into its own step."""
         if (label is None) != (gamma is None):
             raise ValueError("TapDenoiser: give label and gamma together, or neither of them")
         c = scalings(sigma, self.space.sigma_data)
         dtype = self.classifier.head.weight.dtype
         scaled = (c.c_in[:, None, None, None] * x).to(dtype)
         taps = read_taps(self.classifier, scaled, c.c_noise, label)
-        raw = self.subnet(scaled, c.c_noise, taps.features, taps.gradients).float()
-        denoised = c.c_skip[:, None, None, None] * x + c.c_out[:, None, None, None] * raw
-        if taps.guidance is not None and gamma is not None:
-            # the chain rule through c_in x turns the scaled input's gradient into that of x
-            weight = gamma * sigma.square() * c.c_in
-            denoised = denoised + weight[:, None, None, None] * taps.guidance.float()
-        return denoised
+        raw = self.subnet(scaled, c.c_noise, taps.features, taps.gradients)
+        # the chain rule through c_in x turns the scaled input's gradient into that of x
+        weight = torch.zeros_like(sigma) if gamma is None else gamma * sigma.square() * c.c_in
+        return Parts(raw, taps.guidance, c.c_skip, c.c_out, weight)
 
     @torch.no_grad()
     def class_logits(self, x: Tensor, sigma: Tensor) -> Tensor:

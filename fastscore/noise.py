@@ -84,6 +84,12 @@ class NoiseSource:
         # a copy: the caller may work in place
         return kept[1][step - first].clone()
 
+    def counters(self, step: int) -> Tensor:
+        """Counters [B, 3] int64 of a step's first draw: seed, sample number, step."""
+        if not 0 <= step < _WORD:
+            raise ValueError(f"noise step {step} is not in 0 .. 2^32 - 1")
+        return torch.stack((self.seeds, self.samples, torch.full_like(self.seeds, step)), dim=1)
+
     def block(self, steps: Sequence[int], shape: Sequence[int], draw: int = 0) -> Tensor:
         """Noise [S, B, ...] fp32 of several steps at once, the same bits as S single calls."""
         if not shape or shape[0] != len(self.seeds):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fastscore_kernels import resolve
 from torch import Tensor
 
 from fastscore.checkpoint import weights_hash
@@ -17,6 +18,7 @@ from fastscore.classifier import Classifier
 from fastscore.config import MelSpace, SigmaRange, to_dict
 from fastscore.denoiser import TapDenoiser
 from fastscore.devices import BATCH_SIZES, Clock, usable_device
+from fastscore.layers import set_backend
 from fastscore.noise import NoiseSource
 from fastscore.presets import Defaults, load_parts
 from fastscore.request import Labels, Request, Strengths, make_request, whole
@@ -52,8 +54,9 @@ class Pipeline:
 
     From a preset with ``from_pretrained``, or from modules: these are moved to ``device``, frozen
     and put in evaluation mode. ``defaults`` says how ``sample`` behaves unless told otherwise;
-    ``batch_size`` None is 1 on a CPU and 16 on a GPU. Raises ValueError for a device that is not
-    there, or parts whose shapes differ.
+    ``batch_size`` None is 1 on a CPU and 16 on a GPU. ``backend`` names the implementation of the
+    fused operations, one of `fastscore_kernels.BACKENDS`; None takes the device's best. Raises
+    ValueError for a device or backend that is not there, or parts whose shapes differ.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Pipeline:
         defaults: Defaults | None = None,
         device: str | torch.device = "cpu",
         batch_size: int | None = None,
+        backend: str | None = None,
         name: str = "custom",
     ) -> None:
         self.device = usable_device(device)
@@ -84,6 +88,8 @@ class Pipeline:
             )
         denoiser = TapDenoiser(classifier, subnet, space, sigma).eval().requires_grad_(False)
         self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
+        self.backend = resolve(backend, self.device.type)
+        set_backend(self.denoiser, self.backend)
         self.vocoder = vocoder.eval().requires_grad_(False).to(self.device)
         self._front_end: LogMel | None = None
 
@@ -94,13 +100,14 @@ class Pipeline:
         *,
         device: str | torch.device = "cpu",
         batch_size: int | None = None,
+        backend: str | None = None,
     ) -> Pipeline:
         """Pipeline from a preset in the package, by name, or from the folder of one, by path.
 
         Raises ValueError where a file is missing, damaged, of another kind, or does not belong to
         the others.
         """
-        usable_device(device)
+        resolve(backend, usable_device(device).type)
         parts = load_parts(preset)
         return cls(
             parts.classifier,
@@ -111,6 +118,7 @@ class Pipeline:
             defaults=parts.defaults,
             device=device,
             batch_size=batch_size,
+            backend=backend,
             name=parts.folder.name,
         )
 
@@ -288,7 +296,7 @@ class Pipeline:
         return clock.lap()
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready provenance: preset, defaults, device, parameters and hashes of the weights."""
+        """JSON-ready provenance: preset, defaults, device, backend, sizes and hashes of weights."""
         parts = {
             "classifier": self.denoiser.classifier,
             "subnet": self.denoiser.subnet,
@@ -297,6 +305,7 @@ class Pipeline:
         return {
             "preset": self.name,
             "device": str(self.device),
+            "backend": self.backend,
             "batch_size": self.batch_size,
             "labels": list(self.labels),
             "defaults": to_dict(self.defaults),

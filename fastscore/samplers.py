@@ -140,15 +140,10 @@ def dpmpp_2m_sde(
 def _follow(run: Run, plan: Plan) -> Sample:
     x, old = run.x, None
     for i, step in enumerate(plan[:-1]):
-        x0 = run.evaluate(x, run.sigmas[i])
+        weights = (step.keep, step.pull, step.pull_old, step.kick)
+        following, x0 = run.advance(i, x, old, weights)
         run.report(i, run.sigmas[i], x, x0)
-        # products and sums stay apart: a fused multiply-add may round by its place in the batch
-        x = (x * step.keep).add_(x0 * step.pull)
-        if step.pull_old:
-            x.add_(old * step.pull_old)
-        if step.kick:
-            x.add_(run.eps(i) * step.kick)
-        old = x0
+        x, old = following, x0
     x0 = run.evaluate(x, run.sigmas[-2])
     run.report(len(plan) - 1, run.sigmas[-2], x, x0)
     return run.sample(x0)

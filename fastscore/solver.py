@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import torch
+from fastscore_kernels import solver_step
 from torch import Tensor
 
 from fastscore.config import SigmaRange
@@ -31,6 +32,37 @@ class Denoiser(Protocol):
         self, x: Tensor, sigma: Tensor, label: Tensor | None, gamma: Tensor | None
     ) -> Tensor:
         """Denoised x0 [B, ...] of x [B, ...] at sigma [B]."""
+        ...
+
+
+class Parts(NamedTuple):
+    """A denoiser's answer before its last sum: x0 = c_skip x + c_out raw + weight guidance.
+
+    raw and guidance [B, ...] of one dtype, guidance None when unguided; the rest [B] fp32.
+    """
+
+    raw: Tensor
+    guidance: Tensor | None
+    c_skip: Tensor
+    c_out: Tensor
+    weight: Tensor
+
+
+@runtime_checkable
+class PartsDenoiser(Protocol):
+    """A denoiser that can leave its last sum to the solver, whose step then is one operation."""
+
+    def parts(self, x: Tensor, sigma: Tensor, label: Tensor | None, gamma: Tensor | None) -> Parts:
+        """What the answer at (x, sigma) is made of."""
+        ...
+
+
+@runtime_checkable
+class CountedNoise(Protocol):
+    """Noise that is a function of counters [B, 3] int64: seed, sample number and step."""
+
+    def counters(self, step: int) -> Tensor:
+        """The counters of a step, for `fastscore_kernels.solver_step`."""
         ...
 
 
@@ -143,17 +175,60 @@ class Run:
 
     def evaluate(self, x: Tensor, sigma: float) -> Tensor:
         """Denoised x0 [B, ...] in the state's dtype; counts one evaluation."""
-        kind = self.precision.denoiser
-        level = torch.full((len(x),), sigma, dtype=kind, device=x.device)
-        label, gamma = (self.label, self.gamma) if self.guided(sigma) else (None, None)
-        x0 = self.denoise(x.to(kind), level, label, gamma)
-        if x0.shape != self.shape or x0.dtype != kind:
-            raise ValueError(
-                f"the denoiser returned {x0.dtype} {tuple(x0.shape)} for {kind} "
-                f"{tuple(self.shape)}; it must keep shape and dtype"
-            )
+        x0 = self.denoise(x.to(self.precision.denoiser), *self._conditions(x, sigma))
+        self._check_answer(x0, self.precision.denoiser)
         self.nfe += 1
         return x0.to(self.precision.state)
+
+    def advance(
+        self, step: int, x: Tensor, old: Tensor | None, weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Evaluate at level ``step`` and update: x' = keep x + pull x0 + pull_old old + kick z.
+
+        ``weights`` are (keep, pull, pull_old, kick) of `fastscore.plans.Step`; returns x' and x0.
+        In fp32 the update, its noise and the last sum of a denoiser that has `parts` are one
+        operation; products and sums are rounded one by one either way, so the bits are the same.
+        """
+        sigma, (keep, pull, pull_old, kick) = self.sigmas[step], weights
+        if not self._fusible(x, kick):
+            x0 = self.evaluate(x, sigma)
+            following = (x * keep).add_(x0 * pull)
+            if pull_old and old is not None:
+                following.add_(old * pull_old)
+            if kick:
+                following.add_(self.eps(step) * kick)
+            return following, x0
+        scalars = torch.tensor([weights], dtype=torch.float32, device=x.device)
+        update: dict[str, Any] = {"old": old if pull_old else None}
+        if kick:
+            assert isinstance(self.noise, CountedNoise)
+            update["counters"] = self.noise.counters(INITIAL_STEP + 1 + step).to(x.device)
+        if isinstance(self.denoise, PartsDenoiser):
+            parts = self.denoise.parts(x, *self._conditions(x, sigma))
+            self._check_answer(parts.raw, parts.raw.dtype)
+            self.nfe += 1
+            sums = torch.stack((parts.c_skip, parts.c_out, parts.weight), dim=1)
+            update |= {"raw": parts.raw, "guidance": parts.guidance}
+        else:
+            sums = scalars.new_zeros(len(x), 3)
+            update["denoised"] = self.evaluate(x, sigma)
+        coefficients = torch.cat((sums, scalars.expand(len(x), -1)), dim=1)
+        return solver_step(x, coefficients, **update)
+
+    def _fusible(self, x: Tensor, kick: float) -> bool:
+        single = self.precision.denoiser == x.dtype == torch.float32
+        return single and x.is_contiguous() and (not kick or isinstance(self.noise, CountedNoise))
+
+    def _conditions(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        level = torch.full((len(x),), sigma, dtype=self.precision.denoiser, device=x.device)
+        return level, *((self.label, self.gamma) if self.guided(sigma) else (None, None))
+
+    def _check_answer(self, answer: Tensor, kind: torch.dtype) -> None:
+        if answer.shape != self.shape or answer.dtype != kind:
+            raise ValueError(
+                f"the denoiser returned {answer.dtype} {tuple(answer.shape)} for {kind} "
+                f"{tuple(self.shape)}; it must keep shape and dtype"
+            )
 
     def eps(self, step: int, draw: int = 0) -> Tensor:
         """Fresh noise [B, ...] of a step, in the state's dtype."""

@@ -31,8 +31,6 @@ def provide(backend: str, register: Callable[[], None]) -> None:
     _REGISTRARS.setdefault(backend, []).append(register)
 
 
-# compilers take the answer as it is and do not look into it
-@torch.compiler.assume_constant_result
 def resolve(backend: str | None, device_type: str) -> str:
     """Name of the backend that runs tensors of a device type, decided once a process.
 
@@ -43,9 +41,17 @@ def resolve(backend: str | None, device_type: str) -> str:
     return _resolve(backend, device_type)
 
 
+# a compiler takes the answer as it is and does not look into it: torch.compiler's
+# assume_constant_result, without the import of the whole compiler
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _resolve(backend: str | None, device_type: str) -> str:
     if backend in (None, "auto"):
+        # nothing is computed there: shapes and costs only
+        if device_type == "meta":
+            return "reference"
         backend = os.environ.get("FASTSCORE_BACKEND", "auto")
     if backend == "auto":
         if device_type == "cuda":

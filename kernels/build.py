@@ -143,7 +143,7 @@ def build(request: dict[str, Any], jobs: int) -> list[dict[str, Any]]:
         reports += [json.loads(line) for line in worker.stdout]
     if any(worker.wait() for worker in workers):
         raise RuntimeError("a build process failed; what it said is above")
-    return sorted(reports, key=lambda r: (r["arch"], r["label"], r["kernel"]))
+    return sorted(reports, key=lambda r: (r["arch"], r["label"], r["kernel"], str(r)))
 
 
 def problems(report: dict[str, Any]) -> list[str]:

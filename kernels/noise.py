@@ -81,8 +81,9 @@ def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 def normals(seeds: Tensor, samples: Tensor, steps: Tensor, size: int, draw: int = 0) -> Tensor:
     """Standard normals [S, B, size] fp32 for S steps and B samples.
 
-    ``seeds`` and ``samples`` are int64 [B], ``steps`` int64 [S], all on one device. Element j is
-    number j % 4 of Philox block (j // 4, step, sample, draw) under the key ``seed``.
+    ``seeds`` and ``samples`` are int64 [B], ``steps`` int64 [S] or, one for each sample, [1, B],
+    all on one device. Element j is number j % 4 of Philox block (j // 4, step, sample, draw) under
+    the key ``seed``.
     """
     count = -(-size // 4)
     shape = (2, len(steps), len(seeds), count)
@@ -90,7 +91,7 @@ def normals(seeds: Tensor, samples: Tensor, steps: Tensor, size: int, draw: int 
     even[0] = torch.arange(count, device=seeds.device)
     even[1] = samples[:, None]
     odd = torch.empty_like(even)
-    odd[0] = steps[:, None, None]
+    odd[0] = steps[:, None, None] if steps.ndim == 1 else steps[:, :, None]
     odd[1] = draw
     key = torch.stack((seeds & _MASK, seeds >> 32))[:, None, :, None]
     # words 0 and 2 give radii, words 1 and 3 angles
@@ -98,12 +99,3 @@ def normals(seeds: Tensor, samples: Tensor, steps: Tensor, size: int, draw: int 
     # 2 x [2, S, B, count] -> [S, B, count, 4] -> [S, B, size]
     values = torch.stack((first[0], second[0], first[1], second[1]), dim=-1).flatten(2)
     return values[..., :size].float()
-
-
-def normals_each(seeds: Tensor, samples: Tensor, steps: Tensor, size: int, draw: int = 0) -> Tensor:
-    """Standard normals [B, size] fp32, a step of its own for each sample; all int64 [B]."""
-    rows = [
-        normals(seeds[i : i + 1], samples[i : i + 1], steps[i : i + 1], size, draw)[0]
-        for i in range(len(seeds))
-    ]
-    return torch.cat(rows)

@@ -104,6 +104,7 @@ def norm_act_backward(
     chosen = choose(backend, x)
     if chosen == "reference":
         return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act)
+    grad = _match(grad, x)
     return _OPERATORS[chosen][1](grad, x, stats, weight, bias, film, groups, act)
 
 
@@ -182,6 +183,7 @@ def _derive(forward: Any, backward: Any) -> None:
 
 
 def _match(grad: Tensor, x: Tensor) -> Tensor:
+    """A cotangent in x's type and layout: kernels read both in one."""
     grad = grad.to(x.dtype)
     if checks.batched(grad):
         # the batching rule sees to the layout

@@ -116,12 +116,16 @@ def tap_norm(
     scaled = wide(gradient) / rms[:, None, None, None]
     # affine apart from the norm: torch 2.11 crashes in group_norm's backward on channels-last input
     # that needs no gradient itself, which is what a frozen classifier's taps are
-    f = F.group_norm(wide(feature), groups, eps=eps)
-    g = F.group_norm(scaled, groups, eps=eps)
+    f, g = _standardise(wide(feature), groups, eps), _standardise(scaled, groups, eps)
     f = f * _per_channel(feature_weight) + _per_channel(feature_bias)
     g = g * _per_channel(gradient_weight) + _per_channel(gradient_bias)
     taps = torch.cat((f.to(feature.dtype), g.to(gradient.dtype)), dim=1)
     return taps.contiguous(memory_format=torch.channels_last), rms.log()
+
+
+def _standardise(x: Tensor, groups: int, eps: float) -> Tensor:
+    b, c, h, w = x.shape
+    return torch.native_group_norm(x, None, None, b, c, h * w, groups, eps)[0]
 
 
 def _per_channel(p: Tensor) -> Tensor:

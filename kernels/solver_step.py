@@ -50,7 +50,7 @@ def solver_step(
     z = None
     if counters is not None:
         seeds, samples, steps = counters.unbind(1)
-        z = noise.normals_each(seeds, samples, steps, x[0].numel(), draw).reshape(x.shape)
+        z = noise.normals(seeds, samples, steps[None], x[0].numel(), draw)[0].reshape(x.shape)
     return reference.solver_step(x, raw, guidance, denoised, old, coefficients, z)
 
 

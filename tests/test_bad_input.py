@@ -285,16 +285,16 @@ class TestOutput:
 class TestInterruption:
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_while_sampling(self, number, code, preset, here, monkeypatch, capsys):
-        forward, calls = TapDenoiser.forward, []
+        parts, calls = TapDenoiser.parts, []
 
         def interrupted(self, *arguments):
             calls.append(1)
             if len(calls) == 9:
                 assert [p.name for p in (here / "a" / "b").iterdir()]  # work has begun
                 os.kill(os.getpid(), number)
-            return forward(self, *arguments)
+            return parts(self, *arguments)
 
-        monkeypatch.setattr(TapDenoiser, "forward", interrupted)
+        monkeypatch.setattr(TapDenoiser, "parts", interrupted)
         assert self.run("sample", "yes", "--n", "3", "--preset", preset, "--out", "a/b") == code
         assert everything(here) == []
         assert "Traceback" not in capsys.readouterr().err

@@ -37,13 +37,13 @@ def pipe(folder):
 def calls(pipe, monkeypatch):
     """Arguments of every evaluation of the denoiser."""
     seen = []
-    forward = pipe.denoiser.forward
+    parts = pipe.denoiser.parts
 
     def counted(x, sigma, label=None, gamma=None):
         seen.append((x, sigma, label, gamma))
-        return forward(x, sigma, label, gamma)
+        return parts(x, sigma, label, gamma)
 
-    monkeypatch.setattr(pipe.denoiser, "forward", counted)
+    monkeypatch.setattr(pipe.denoiser, "parts", counted)
     return seen
 
 

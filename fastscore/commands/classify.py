@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastscore.commands.common import add_machine, add_preset, load_pipeline
+from fastscore.commands.common import add_backend, add_machine, add_preset, load_pipeline
 
 
 def add_parser(commands: Any) -> None:
@@ -24,6 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--top", type=int, default=3, help="labels shown (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a file")
     add_machine(parser)
+    add_backend(parser)
     parser.set_defaults(run=run)
 
 

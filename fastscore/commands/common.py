@@ -32,6 +32,16 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """--backend."""
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="kernels of the classifier and ScoreSubnet: reference, native (CPU) or triton (GPU) "
+        "(default: native on a CPU where it was built)",
+    )
+
+
 def set_threads(threads: int | None) -> None:
     """Apply --threads; ValueError below 1."""
     if threads is None:
@@ -44,11 +54,13 @@ def set_threads(threads: int | None) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, batch_size: int | None = None) -> Pipeline:
-    """Pipeline of --preset on --device with --threads."""
+    """Pipeline of --preset on --device with --backend and --threads."""
     set_threads(args.threads)
     from fastscore.pipeline import Pipeline
 
-    return Pipeline.from_pretrained(args.preset, device=args.device, batch_size=batch_size)
+    return Pipeline.from_pretrained(
+        args.preset, device=args.device, batch_size=batch_size, backend=args.backend
+    )
 
 
 class Stopwatch:

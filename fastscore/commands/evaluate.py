@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastscore.commands.common import DEFAULT_PRESET, add_machine, load_pipeline
+from fastscore.commands.common import DEFAULT_PRESET, add_backend, add_machine, load_pipeline
 
 DATA_VARIABLE = "FASTSCORE_DATA"
 
@@ -52,6 +52,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="cache of recordings")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_machine(parser)
+    add_backend(parser)
     parser.set_defaults(run=run)
 
 

@@ -43,7 +43,7 @@ def _preset(name: str) -> dict[str, Any]:
     folder = preset_folder(name)
     pipeline = Pipeline.from_pretrained(name)
     facts = pipeline.describe()
-    for key in ("device", "batch_size"):
+    for key in ("device", "backend", "batch_size"):
         del facts[key]
     sizes = {file: (folder / file).stat().st_size for file in (CLASSIFIER, SCORE, VOCODER)}
     return {

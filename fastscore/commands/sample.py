@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastscore.commands.common import Bar, Stopwatch, add_machine, add_preset, load_pipeline
+from fastscore.commands.common import (
+    Bar,
+    Stopwatch,
+    add_backend,
+    add_machine,
+    add_preset,
+    load_pipeline,
+)
 
 if TYPE_CHECKING:
     from fastscore.results import Result
@@ -60,6 +67,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_machine(parser)
+    add_backend(parser)
     parser.set_defaults(run=run)
 
 

@@ -1,0 +1,259 @@
+"""What no operation accepts: a ValueError that names the argument, from every backend alike."""
+
+import ctypes
+import re
+
+import pytest
+import torch
+from fastscore_kernels import (
+    Norms,
+    Projections,
+    checks,
+    library,
+    norm_act,
+    norm_act_backward,
+    normals,
+    solver_step,
+    tap_fuse,
+    tap_norm,
+    tap_path,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import native_or_skip
+
+X = torch.randn(2, 8, 4, 3)
+W = torch.ones(8)
+STATS = torch.ones(2, 2, 4)
+KV = torch.randn(2, 16, 4, 3)
+NORMS = Norms(W, W, W, W)
+SIZES = [(4, 8), (8, 8), (8, 8), (4, 16), (4, 4)]
+PROJECTIONS = Projections(*(p for n, m in SIZES for p in (torch.ones(n, m, 1, 1), torch.ones(n))))
+STATE = torch.randn(2, 1, 4, 3)
+COUNTERS = torch.zeros(2, 3, dtype=torch.int64)
+SEEDS = torch.zeros(2, dtype=torch.int64)
+COEFFICIENTS = torch.zeros(2, 7)
+EMPTY = torch.empty(0, 8, 4, 3)
+HUGE = torch.empty(1, device="meta").expand(2**29, 8, 1, 1)
+SLICED = torch.randn(2, 8, 4, 6)[..., ::2]
+
+BAD = {
+    "norm_act: x": [
+        lambda k: norm_act(X[0], 4, W, W, backend=k),
+        lambda k: norm_act(X.int(), 4, W, W, backend=k),
+        lambda k: norm_act(SLICED, 4, W, W, backend=k),
+        lambda k: norm_act(EMPTY, 4, W, W, backend=k),
+        lambda k: norm_act(HUGE, 4, W, W, backend=k),
+    ],
+    "norm_act: groups": [
+        lambda k: norm_act(X, 3, W, W, backend=k),
+        lambda k: norm_act(X, 0, W, W, backend=k),
+        lambda k: norm_act(X, -4, W, W, backend=k),
+        lambda k: norm_act(X, 2.0, W, W, backend=k),
+    ],
+    "norm_act: weight": [
+        lambda k: norm_act(X, 4, W[:4], W, backend=k),
+        lambda k: norm_act(X, 4, W.half(), W, backend=k),
+        lambda k: norm_act(X, 4, torch.ones(16)[::2], W, backend=k),
+        lambda k: norm_act(X, 4, W.to("meta"), W, backend=k),
+    ],
+    "norm_act: bias": [lambda k: norm_act(X.half(), 4, W, W.half(), backend=k)],
+    "norm_act: film": [
+        lambda k: norm_act(X, 4, W, W, torch.ones(2, 8), backend=k),
+        lambda k: norm_act(X, 4, W, W, torch.ones(1, 16), backend=k),
+        lambda k: norm_act(X, 4, W, W, torch.ones(2, 16).int(), backend=k),
+    ],
+    "norm_act: grad": [
+        lambda k: norm_act_backward(X[:, :4].contiguous(), X, STATS, 4, W, W, backend=k),
+        lambda k: norm_act_backward(X[:1].repeat(3, 1, 1, 1), X, STATS, 4, W, W, backend=k),
+        lambda k: norm_act_backward(X.half(), X, STATS, 4, W, W, backend=k),
+    ],
+    "norm_act: stats": [
+        lambda k: norm_act_backward(X, X, STATS[:1], 4, W, W, backend=k),
+        lambda k: norm_act_backward(X, X, STATS.half(), 4, W, W, backend=k),
+    ],
+    "tap_norm: feature": [lambda k: tap_norm(SLICED, X, 4, W, W, W, W, backend=k)],
+    "tap_norm: gradient": [
+        lambda k: tap_norm(X, X[:1], 4, W, W, W, W, backend=k),
+        lambda k: tap_norm(X, X.half(), 4, W, W, W, W, backend=k),
+        lambda k: tap_norm(X, X.to("meta"), 4, W, W, W, W, backend=k),
+    ],
+    "tap_norm: gradient_bias": [
+        lambda k: tap_norm(X, X, 4, W, W, W, W[:2], backend=k),
+        lambda k: tap_norm(X.half(), X.half(), 4, W, W, W, W.half(), backend=k),
+    ],
+    "tap_fuse: q": [lambda k: tap_fuse(EMPTY, KV, KV, 2, True, k)],
+    "tap_fuse: heads": [lambda k: tap_fuse(X, KV, KV, 3, True, k)],
+    "tap_fuse: first": [
+        lambda k: tap_fuse(X, X, KV, 2, True, k),
+        lambda k: tap_fuse(X, KV.half(), KV, 2, True, k),
+    ],
+    "tap_fuse: second": [
+        lambda k: tap_fuse(X, KV, KV[:1], 2, True, k),
+        lambda k: tap_fuse(X, KV, KV[..., :2].contiguous(), 2, False, k),
+    ],
+    "tap_path: heads": [lambda k: tap_path(X, X, NORMS, PROJECTIONS, 4, 3, True, backend=k)],
+    "tap_path: groups": [lambda k: tap_path(X, X, NORMS, PROJECTIONS, 5, 2, True, backend=k)],
+    "tap_path: skip": [
+        lambda k: tap_path(
+            X, X, NORMS, PROJECTIONS._replace(skip=torch.ones(4, 8, 1, 1)), 4, 2, True, backend=k
+        ),
+    ],
+    "tap_path: feature_weight": [
+        lambda k: tap_path(
+            X, X, NORMS._replace(feature_weight=W[:3]), PROJECTIONS, 4, 2, True, backend=k
+        ),
+    ],
+    "solver_step: x": [
+        lambda k: solver_step(STATE.half(), COEFFICIENTS, raw=STATE, backend=k),
+        lambda k: solver_step(STATE[:0], COEFFICIENTS[:0], raw=STATE[:0], backend=k),
+        lambda k: solver_step(STATE[..., ::2], COEFFICIENTS, raw=STATE[..., ::2], backend=k),
+    ],
+    "solver_step: give raw or denoised": [
+        lambda k: solver_step(STATE, COEFFICIENTS, backend=k),
+        lambda k: solver_step(STATE, COEFFICIENTS, raw=STATE, denoised=STATE, backend=k),
+    ],
+    "solver_step: guidance": [
+        lambda k: solver_step(STATE, COEFFICIENTS, denoised=STATE, guidance=STATE, backend=k),
+        lambda k: solver_step(STATE, COEFFICIENTS, raw=STATE, guidance=STATE.half(), backend=k),
+    ],
+    "solver_step: old": [
+        lambda k: solver_step(STATE, COEFFICIENTS, raw=STATE, old=STATE[:1], backend=k),
+        lambda k: solver_step(STATE, COEFFICIENTS, raw=STATE, old=STATE.half(), backend=k),
+    ],
+    "solver_step: coefficients": [
+        lambda k: solver_step(STATE, COEFFICIENTS[:, :6], raw=STATE, backend=k),
+        lambda k: solver_step(STATE, COEFFICIENTS.double(), raw=STATE, backend=k),
+    ],
+    "solver_step: counters": [
+        lambda k: solver_step(STATE, COEFFICIENTS, raw=STATE, counters=COUNTERS[:1], backend=k),
+        lambda k: solver_step(STATE, COEFFICIENTS, raw=STATE, counters=COUNTERS.int(), backend=k),
+    ],
+    "normals: samples": [lambda k: normals(SEEDS, SEEDS[:1], SEEDS, 4, backend=k)],
+    "normals: steps": [lambda k: normals(SEEDS, SEEDS, SEEDS.int(), 4, backend=k)],
+    "normals: size": [
+        lambda k: normals(SEEDS, SEEDS, SEEDS, 0, backend=k),
+        lambda k: normals(SEEDS, SEEDS, SEEDS, 2**30, backend=k),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "call"), [(name, call) for name, calls in BAD.items() for call in calls]
+)
+def test_is_named(sentence, call, backend):
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        call(backend)
+    assert (
+        "expected" in str(caught.value)
+        or "give" in str(caught.value)
+        or "not given" in str(caught.value)
+    )
+
+
+def test_limit_is_that_of_32_bit_indices():
+    assert HUGE.numel() == 2**32 > checks.LIMIT == 2**31
+
+
+NUMBERS = st.integers(-3, 40)
+STRIDES = st.integers(-2, 200)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_random_sizes_and_strides_never_crash_the_library(data):
+    """Whatever it says, it writes only where its arguments allow: canaries around the outputs."""
+    native_or_skip()
+    native = library.native()
+    size = 1 << 16
+    read = torch.randn(size)
+    written = torch.full((size + 256,), 7.0)
+    inside = written[128:-128]
+    batch, channels, positions, groups = (data.draw(NUMBERS) for _ in range(4))
+    x_strides, y_strides = ([data.draw(STRIDES) for _ in range(3)] for _ in range(2))
+    if data.draw(st.booleans()):
+        dense = [channels * positions, 1, channels]
+        x_strides = y_strides = dense
+    dtype, kind = data.draw(st.integers(-1, 4)), data.draw(st.integers(-1, 4))
+    stats = torch.zeros(2, 64, 64)
+    furthest = sum(
+        max(0, n - 1) * abs(s) for n, s in zip((batch, channels, positions), y_strides, strict=True)
+    )
+    code = (
+        native.fs_norm_act(
+            read.data_ptr() if data.draw(st.booleans()) else None,
+            *(max(0, s) for s in x_strides),
+            inside.data_ptr(),
+            *y_strides,
+            dtype,
+            read.data_ptr(),
+            read.data_ptr(),
+            kind,
+            None,
+            0,
+            0,
+            stats[0].data_ptr(),
+            stats[1].data_ptr(),
+            batch,
+            channels,
+            positions,
+            groups,
+            data.draw(st.integers(0, 1)),
+            1e-5,
+        )
+        if furthest < size // 2
+        and sum(
+            max(0, n - 1) * max(0, s)
+            for n, s in zip((batch, channels, positions), x_strides, strict=True)
+        )
+        < size
+        else 1
+    )
+    assert code in (0, 1, 2, 3)
+    if code:
+        assert (inside == 7).all()
+    assert (written[:128] == 7).all()
+    assert (written[-128:] == 7).all()
+    if batch < 1 or channels < 1 or positions < 1 or groups < 1 or channels % max(1, groups):
+        assert code != 0
+
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 33), st.integers(1, 6), st.integers(1, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=SHAPES, data=st.data())
+def test_random_shapes_equal_the_reference(shape, data):
+    native_or_skip()
+    c = shape[1]
+    divisors = [d for d in range(1, c + 1) if c % d == 0]
+    groups, heads = data.draw(st.sampled_from(divisors)), data.draw(st.sampled_from(divisors))
+    layout = data.draw(st.sampled_from([torch.channels_last, torch.contiguous_format]))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+
+    def draw(channels: int) -> torch.Tensor:
+        t = torch.randn(shape[0], channels, *shape[2:], generator=rng)
+        return t.contiguous(memory_format=layout)
+
+    weights = [torch.randn(c, generator=rng) for _ in range(4)]
+    x, gradient, first, second = draw(c), draw(c), draw(2 * c), draw(2 * c)
+    spatial = data.draw(st.booleans())
+    for run in (
+        lambda k: norm_act(x, groups, *weights[:2], backend=k),
+        lambda k: tap_norm(x, gradient, groups, *weights, backend=k)[0],
+        lambda k: tap_fuse(x, first, second, heads, spatial, k),
+    ):
+        # groups of very few elements may have next to no variance, which magnifies roundings
+        torch.testing.assert_close(run("native"), run("reference"), rtol=1e-3, atol=1e-3)
+
+
+def test_null_pointers_are_refused():
+    native = native_or_skip() and library.native()
+    for name, types in library.SIGNATURES.items():
+        if name == "fs_set_isa":
+            assert native.fs_set_isa(b"none") != 0
+            continue
+        arguments = [
+            1.0 if t is ctypes.c_double else None if t is ctypes.c_void_p else 1 for t in types
+        ]
+        assert getattr(native, name)(*arguments) == 1, name
