@@ -158,7 +158,8 @@ def _solver_steps(dtype: torch.dtype, batch: int, label: str) -> Iterator[Case]:
             def rest(old: Tensor | None = old, words: Tensor | None = words) -> None:
                 solver_step(x, None, None, x, old, coefficients, words, 0)
 
-            yield Case("solver_step", f"{label} denoised", rest)
+            parts = [label, "denoised", *["old"] * (old is not None)]
+            yield Case("solver_step", " ".join(parts + ["noise"] * (words is not None)), rest)
     seeds = torch.empty(batch, dtype=torch.int64, device="meta")
     size = shapes.SAMPLE[0] * shapes.SAMPLE[1]
     yield Case("solver_step", f"{label} normals", lambda: normals(seeds, seeds, seeds, size, 0))

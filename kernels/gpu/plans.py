@@ -9,6 +9,8 @@ from torch import Tensor
 
 # bytes that memory moves at least for one access
 _SECTOR = 32
+# bytes of the widest access of one thread
+_WIDE = 16
 # elements of one tile, and of the largest that a program keeps in registers
 _TILE = 4096
 _WHOLE = 16384
@@ -77,7 +79,10 @@ def plan_taps(op: str, x: Tensor, groups: int, split: bool | None = None) -> Nor
         bundle = _wide(groups, per_group)
         # half a tile of fp32 numbers takes the registers of a whole one when squares are fp64
         rule = _split_rule(positions, per_group * bundle, last, _TILE // 2)
-        rule["splits"] = ceil_div(2 * device.multiprocessors, batch * (groups // bundle))
+        rule["warps"] = 8
+        # every later program combines the moments of all stretches, in fp64
+        most = ceil_div(2 * device.multiprocessors, batch * (groups // bundle))
+        rule["splits"] = min(64, most)
     else:
         # taps are written with channels side by side, whatever they are read from
         bundle = _narrow(groups, per_group, x.element_size())
@@ -99,9 +104,10 @@ def _key(x: Tensor, rows: int, groups: int) -> dict[str, int | str]:
 
 
 def _narrow(groups: int, per_group: int, itemsize: int) -> int:
-    """Fewest groups whose channels at one position fill a sector."""
+    """Fewest groups whose channels at one position fill a sector and begin on a wide access."""
     divisors = [d for d in range(1, groups + 1) if groups % d == 0]
-    return next((d for d in divisors if d * per_group * itemsize >= _SECTOR), groups)
+    sizes = {d: d * per_group * itemsize for d in divisors}
+    return next((d for d, n in sizes.items() if n >= _SECTOR and n % _WIDE == 0), groups)
 
 
 def _wide(groups: int, per_group: int) -> int:

@@ -402,8 +402,9 @@ def _own_positions(
     full = sizes.batch * ceil_div(sizes.positions, 32) >= 2 * device_of(f).multiprocessors
     rule = {
         "block_m": 32 if full and narrow else 16,
-        "block_k": 64 if narrow else 32,
-        "warps": 4,
+        # wide outputs leave fewer registers for weights on their way
+        "block_k": (64 if narrow else 32) // (2 if sizes.width > 128 else 1),
+        "warps": 8 if sizes.width > 64 else 4,
         "stages": 2,
     }
     plan = _plan("tap_path_own", f, sizes, rule)
