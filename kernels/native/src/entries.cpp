@@ -11,10 +11,6 @@ using fs::table;
 #define FS_REQUIRE(condition) \
   if (!(condition)) return FS_BAD_ARGUMENT
 
-// an operation that this build has not got
-#define FS_CALL(operation, ...) \
-  return table().operation == nullptr ? FS_UNSUPPORTED : table().operation(__VA_ARGS__)
-
 namespace {
 
 // the layouts of two or three tensors agree
@@ -54,9 +50,9 @@ int fs_norm_act(const void* x, int64_t x_batch, int64_t x_channel, int64_t x_pos
                  channels_last(ys, batch, channels, positions, true)) ||
              all(contiguous(xs, batch, channels, positions, false),
                  contiguous(ys, batch, channels, positions, true)));
-  FS_CALL(norm_act, x, x_batch, x_channel, x_position, y, y_batch, y_channel, y_position, dtype,
-          weight, bias, parameter_dtype, film, film_stride, film_dtype, mean, rstd, batch, channels,
-          positions, groups, act, eps);
+  return table().norm_act(x, x_batch, x_channel, x_position, y, y_batch, y_channel, y_position,
+                          dtype, weight, bias, parameter_dtype, film, film_stride, film_dtype, mean,
+                          rstd, batch, channels, positions, groups, act, eps);
 }
 
 int fs_norm_act_backward(const void* grad, int64_t g_batch, int64_t g_channel, int64_t g_position,
@@ -80,10 +76,10 @@ int fs_norm_act_backward(const void* grad, int64_t g_batch, int64_t g_channel, i
              all(contiguous(gs, rows, channels, positions, false),
                  contiguous(xs, batch, channels, positions, false),
                  contiguous(os, rows, channels, positions, written)));
-  FS_CALL(norm_act_backward, grad, g_batch, g_channel, g_position, x, x_batch, x_channel,
-          x_position, grad_x, o_batch, o_channel, o_position, dtype, weight, bias, parameter_dtype,
-          film, film_stride, film_dtype, mean, rstd, sums, batch, copies, channels, positions,
-          groups, act);
+  return table().norm_act_backward(
+      grad, g_batch, g_channel, g_position, x, x_batch, x_channel, x_position, grad_x, o_batch,
+      o_channel, o_position, dtype, weight, bias, parameter_dtype, film, film_stride, film_dtype,
+      mean, rstd, sums, batch, copies, channels, positions, groups, act);
 }
 
 int fs_tap_norm(const void* feature, int64_t f_batch, int64_t f_channel, int64_t f_position,
@@ -103,10 +99,10 @@ int fs_tap_norm(const void* feature, int64_t f_batch, int64_t f_channel, int64_t
   FS_REQUIRE(channels_last(g, batch, channels, positions, false) ||
              contiguous(g, batch, channels, positions, false));
   FS_REQUIRE(token_layout(taps_batch, taps_position, batch, 2 * channels, positions, true));
-  FS_CALL(tap_norm, feature, f_batch, f_channel, f_position, gradient, g_batch, g_channel,
-          g_position, taps, taps_batch, taps_position, dtype, feature_weight, feature_bias,
-          gradient_weight, gradient_bias, parameter_dtype, log_rms, stats, batch, channels,
-          positions, groups, eps);
+  return table().tap_norm(feature, f_batch, f_channel, f_position, gradient, g_batch, g_channel,
+                          g_position, taps, taps_batch, taps_position, dtype, feature_weight,
+                          feature_bias, gradient_weight, gradient_bias, parameter_dtype, log_rms,
+                          stats, batch, channels, positions, groups, eps);
 }
 
 int fs_tap_fuse(const void* query, int64_t q_batch, int64_t q_position, const void* first,
@@ -121,9 +117,9 @@ int fs_tap_fuse(const void* query, int64_t q_batch, int64_t q_position, const vo
   FS_REQUIRE(!second ||
              token_layout(second_batch, second_position, batch, 2 * channels, positions, false));
   FS_REQUIRE(token_layout(out_batch, out_position, batch, channels, positions, true));
-  FS_CALL(tap_fuse, query, q_batch, q_position, first, first_batch, first_position, second,
-          second_batch, second_position, out, out_batch, out_position, dtype, batch, channels,
-          positions, heads, spatial);
+  return table().tap_fuse(query, q_batch, q_position, first, first_batch, first_position, second,
+                          second_batch, second_position, out, out_batch, out_position, dtype, batch,
+                          channels, positions, heads, spatial);
 }
 
 int fs_tap_fuse_backward(const void* grad, int64_t grad_batch, int64_t grad_position,
@@ -146,10 +142,11 @@ int fs_tap_fuse_backward(const void* grad, int64_t grad_batch, int64_t grad_posi
   FS_REQUIRE(token_layout(gfirst_batch, gfirst_position, batch, 2 * channels, positions, true));
   FS_REQUIRE(!second ||
              token_layout(gsecond_batch, gsecond_position, batch, 2 * channels, positions, true));
-  FS_CALL(tap_fuse_backward, grad, grad_batch, grad_position, query, q_batch, q_position, first,
-          first_batch, first_position, second, second_batch, second_position, grad_query, gq_batch,
-          gq_position, grad_first, gfirst_batch, gfirst_position, grad_second, gsecond_batch,
-          gsecond_position, dtype, batch, channels, positions, heads, spatial);
+  return table().tap_fuse_backward(
+      grad, grad_batch, grad_position, query, q_batch, q_position, first, first_batch,
+      first_position, second, second_batch, second_position, grad_query, gq_batch, gq_position,
+      grad_first, gfirst_batch, gfirst_position, grad_second, gsecond_batch, gsecond_position,
+      dtype, batch, channels, positions, heads, spatial);
 }
 
 int fs_tap_path(const void* feature, int64_t f_batch, int64_t f_position, const void* gradient,
@@ -173,11 +170,12 @@ int fs_tap_path(const void* feature, int64_t f_batch, int64_t f_position, const 
   FS_REQUIRE(token_layout(f_batch, f_position, batch, channels, positions, false));
   FS_REQUIRE(token_layout(g_batch, g_position, batch, channels, positions, false));
   FS_REQUIRE(token_layout(out_batch, out_position, batch, width, positions, true));
-  FS_CALL(tap_path, feature, f_batch, f_position, gradient, g_batch, g_position, out, out_batch,
-          out_position, dtype, feature_weight, feature_bias, gradient_weight, gradient_bias,
-          query_weight, query_bias, kv_feature_weight, kv_feature_bias, kv_gradient_weight,
-          kv_gradient_bias, skip_weight, skip_bias, proj_weight, proj_bias, parameter_dtype,
-          log_rms, batch, channels, width, positions, groups, heads, spatial, eps);
+  return table().tap_path(feature, f_batch, f_position, gradient, g_batch, g_position, out,
+                          out_batch, out_position, dtype, feature_weight, feature_bias,
+                          gradient_weight, gradient_bias, query_weight, query_bias,
+                          kv_feature_weight, kv_feature_bias, kv_gradient_weight, kv_gradient_bias,
+                          skip_weight, skip_bias, proj_weight, proj_bias, parameter_dtype, log_rms,
+                          batch, channels, width, positions, groups, heads, spatial, eps);
 }
 
 int fs_solver_step(const float* x, const void* raw, const void* guidance, int raw_dtype,
@@ -188,14 +186,14 @@ int fs_solver_step(const float* x, const void* raw, const void* guidance, int ra
   // x0 is either computed or given
   FS_REQUIRE((raw == nullptr) == (denoised != nullptr) && (raw || !guidance) &&
              (!raw || known_dtype(raw_dtype)));
-  FS_CALL(solver_step, x, raw, guidance, raw_dtype, denoised, old, coefficients, counters, draw,
-          x_next, x0, batch, size);
+  return table().solver_step(x, raw, guidance, raw_dtype, denoised, old, coefficients, counters,
+                             draw, x_next, x0, batch, size);
 }
 
 int fs_normals(const int64_t* seeds, const int64_t* samples, const int64_t* steps, int64_t draw,
                float* out, int64_t step_count, int64_t batch, int64_t size) {
   FS_REQUIRE(seeds && samples && steps && out && sizes_fit(step_count, batch, size));
-  FS_CALL(normals, seeds, samples, steps, draw, out, step_count, batch, size);
+  return table().normals(seeds, samples, steps, draw, out, step_count, batch, size);
 }
 
 }  // extern "C"
