@@ -55,9 +55,10 @@ def norm_act_backward(
 def tap_norm(batch: int, channels: int, positions: int, itemsize: int) -> Traffic:
     """RMS of the gradient, division by it, two norms, two affine maps, one concatenation."""
     tensor = batch * channels * positions * itemsize
-    rms = 2 + 2 + 2 + 1  # |g|, its maximum, g / peak, its square; the mean reads it
+    # a copy, |g|, its maximum, g / peak, its square, their mean
+    rms = 2 + 2 + 1 + 2 + 2 + 1
     passes = rms + 2 + 2 * 3 + 4 * 2 + 4
-    return Traffic(4 * tensor, passes * tensor, 6 * tensor, 23)
+    return Traffic(4 * tensor, passes * tensor, 6 * tensor, 20)
 
 
 def tap_fuse(
@@ -68,8 +69,8 @@ def tap_fuse(
     must = (2 + 2 * taps) * tensor
     stack = 4 * taps
     if spatial:
-        # keys, values and queries rearranged, attention, the answer rearranged
-        return Traffic(must, (stack + 4 * taps + 2 + 2 + 2 * taps + 2) * tensor, must, 5)
+        # keys and values rearranged, then attention
+        return Traffic(must, (stack + 4 * taps + 2 * taps + 2) * tensor, must, 4)
     # products of all taps (two readings, one writing), their sums; weighted values likewise
     return Traffic(must, (stack + 2 * (3 * taps + taps)) * tensor, must, 7)
 
@@ -80,4 +81,4 @@ def solver_step(batch: int, size: int, itemsize: int, guided: bool = True) -> Tr
     raw = itemsize * batch * size * (2 if guided else 1)
     # every product and every sum is a pass of its own; the noise is some hundred more
     sums = (2 * 3 + (2 if guided else 1) * 2) + (2 * 4 + 3 * 3)
-    return Traffic(4 * tensor + raw, sums * tensor, 4 * tensor + raw, 13 if guided else 11)
+    return Traffic(4 * tensor + raw, sums * tensor, 4 * tensor + raw, 12 if guided else 10)
