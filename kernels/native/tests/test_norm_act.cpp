@@ -228,6 +228,25 @@ void test_large_sample() {
   }
 }
 
+// what is no number spoils its group and nothing else
+void test_nan() {
+  for (const Layout layout : {Layout::kChannelsLast, Layout::kContiguous}) {
+    Case tested({{2, 24, 50, 4}, layout, FS_F32, FS_F32, FS_F32, 1, 1, true, 0, 0.0});
+    tested.x.set(1, 7, 31, std::nan(""));
+    tested.forward(0, 2);
+    tested.backward();
+    for (int64_t i = 0; i < 2; ++i) {
+      for (int64_t j = 0; j < 24; ++j) {
+        const bool spoilt = i == 1 && j / 6 == 1;
+        CHECK(std::isnan(tested.y.get(i, j, 3)) == spoilt, "%s: %ld %ld", tested.label(),
+              static_cast<long>(i), static_cast<long>(j));
+        CHECK(std::isnan(tested.grad_x.get(i, j, 3)) == spoilt, "%s: %ld %ld", tested.label(),
+              static_cast<long>(i), static_cast<long>(j));
+      }
+    }
+  }
+}
+
 void test_threads() {
   for (const Shape& shape : {Shape{1, 48, 1300, 4}, Shape{3, 64, 300, 8}, Shape{5, 40, 97, 8}}) {
     for (const Layout layout : {Layout::kChannelsLast, Layout::kContiguous}) {
@@ -354,6 +373,7 @@ int main() {
     test_values();
     test_large_mean();
     test_large_sample();
+    test_nan();
     test_threads();
     test_slots();
     test_optional_outputs();
