@@ -36,31 +36,50 @@ fastscore.files                      |
 fastscore.audio_files                |
 fastscore.sde                        numpy .config |
 fastscore.plans                      .sde |
+fastscore_kernels.build               | kernels.gpu.launch kernels.gpu.shapes
+fastscore_kernels.checks             torch |
+fastscore_kernels.gpu                 |
+fastscore_kernels.gpu.common         triton |
+fastscore_kernels.gpu.exact          triton kernels.gpu.common |
+fastscore_kernels.gpu.interpreting   triton |
+fastscore_kernels.gpu.launch         torch triton kernels.gpu.interpreting |
+fastscore_kernels.gpu.attention      torch triton kernels.gpu.common kernels.gpu.launch |
+fastscore_kernels.gpu.plans          torch kernels.gpu.launch |
+fastscore_kernels.gpu.norm_act_backward torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.plans |
+fastscore_kernels.gpu.norm_act       torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.norm_act_backward kernels.gpu.plans |
+fastscore_kernels.gpu.shapes          |
+fastscore_kernels.gpu.solver_step    torch triton kernels.gpu.exact kernels.gpu.launch |
+fastscore_kernels.gpu.tap_fuse_backward torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch |
+fastscore_kernels.gpu.tap_fuse       torch triton kernels.gpu.attention kernels.gpu.launch kernels.gpu.tap_fuse_backward |
+fastscore_kernels.gpu.tap_norm       torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.plans |
+fastscore_kernels.gpu.tap_path       torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch kernels.gpu.plans kernels.gpu.tap_norm |
+fastscore_kernels.gpu.cases          torch kernels.gpu.norm_act kernels.gpu.shapes kernels.gpu.solver_step kernels.gpu.tap_fuse kernels.gpu.tap_norm kernels.gpu.tap_path |
+fastscore_kernels.gpu.aot            triton kernels.gpu.cases kernels.gpu.launch |
 fastscore_kernels.library            torch |
 fastscore_kernels.backends           torch kernels.library | triton
-fastscore_kernels.registration       torch | kernels.backends
-fastscore_kernels.checks             torch |
+fastscore_kernels.cpu                torch kernels.library |
 fastscore_kernels.noise              torch |
 fastscore_kernels.reference          torch |
-fastscore_kernels.cpu                torch kernels.library |
-fastscore_kernels.norm_act           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu
-fastscore_kernels.tap_norm           torch kernels.backends kernels.checks kernels.cpu kernels.norm_act kernels.reference kernels.registration | kernels.gpu
-fastscore_kernels.tap_fuse           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu
-fastscore_kernels.tap_path           torch kernels.backends kernels.checks kernels.cpu kernels.registration kernels.tap_fuse kernels.tap_norm | kernels.gpu
-fastscore_kernels.solver_step        torch kernels.backends kernels.checks kernels.cpu kernels.noise kernels.reference kernels.registration | kernels.gpu
+fastscore_kernels.registration       torch | kernels.backends
+fastscore_kernels.norm_act           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu.norm_act
+fastscore_kernels.solver_step        torch kernels.backends kernels.checks kernels.cpu kernels.noise kernels.reference kernels.registration | kernels.gpu.solver_step
+fastscore_kernels.tap_fuse           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu.tap_fuse
+fastscore_kernels.tap_norm           torch kernels.backends kernels.checks kernels.cpu kernels.norm_act kernels.reference kernels.registration | kernels.gpu.tap_norm
+fastscore_kernels.tap_path           torch kernels.backends kernels.checks kernels.cpu kernels.registration kernels.tap_fuse kernels.tap_norm | kernels.gpu.tap_path
 fastscore_kernels                    kernels.backends kernels.norm_act kernels.registration kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path |
+fastscore_kernels.traffic             |
 fastscore.noise                      torch kernels |
-fastscore.solver                     torch kernels kernels.solver_step .config .noise .sde |
+fastscore.solver                     torch .config .noise .sde kernels.solver_step |
 fastscore.samplers                   torch .config .noise .plans .sde .solver |
 fastscore.checkpoint                 torch .files | safetensors
 fastscore.cache                      numpy tqdm |
 fastscore.folders                    .config | torchaudio
 fastscore.audio                      numpy torch torchaudio soundfile .audio_files .config |
 fastscore.data                       numpy torch .audio .cache .config .folders |
-fastscore.layers                     torch kernels |
+fastscore.layers                     torch kernels kernels.norm_act |
 fastscore.classifier                 torch .config .layers |
 fastscore.taps                       torch .classifier .layers |
-fastscore.subnet                     torch kernels .config .layers |
+fastscore.subnet                     torch .config .layers kernels kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore.denoiser                   torch .classifier .config .solver .subnet .taps |
 fastscore.vocoder.spectral           numpy torch .config |
 fastscore.vocoder.hifigan            torch .config |
@@ -75,7 +94,7 @@ fastscore.results                    torch .config | .audio .plot
 fastscore.presets                    .checkpoint .classifier .config .samplers .subnet .vocoder |
 fastscore.request                    torch .config .noise .presets .samplers |
 fastscore.hearing                    torch .audio .vocoder | numpy
-fastscore.pipeline                   torch kernels .checkpoint .classifier .config .denoiser .devices .layers .noise .presets .request .results .samplers .subnet .vocoder | numpy .audio .hearing
+fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .layers .noise .presets .request .results .samplers .subnet .vocoder kernels | numpy .audio .hearing
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |
