@@ -1,5 +1,6 @@
 """Fixtures every test may use."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,11 @@ import pytest
 import torch
 from fastscore_kernels import cpu
 from kernel_cases import native_or_skip
+from refusals import refusal
+from small_presets import write_preset
 from torch import Tensor
+
+from fastscore import Pipeline
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -22,6 +27,32 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no recordings at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def preset(tmp_path_factory) -> Path:
+    """A preset of small networks."""
+    return write_preset(tmp_path_factory.mktemp("preset") / "small")
+
+
+@pytest.fixture(scope="session")
+def pipe(preset) -> Pipeline:
+    return Pipeline.from_pretrained(preset)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def refused(capsys) -> Callable[..., str]:
+    """Run a command line that must be refused; the sentence on stderr."""
+    return functools.partial(refusal, capsys)
 
 
 @pytest.fixture(params=["reference", "native"])

@@ -1,6 +1,5 @@
 """What people get wrong: one sentence, exit code 2 or ValueError, and nothing left behind."""
 
-import functools
 import os
 import pickle
 import re
@@ -14,37 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from refusals import FileSizeLimit, everything, refusal
-from small_presets import speech_like, write_preset
+from refusals import FileSizeLimit, everything
+from small_presets import speech_like
 
-from fastscore import Pipeline
 from fastscore.cli import main
 from fastscore.denoiser import TapDenoiser
-
-
-@pytest.fixture(scope="module")
-def preset(tmp_path_factory):
-    return write_preset(tmp_path_factory.mktemp("preset") / "small")
-
-
-@pytest.fixture(scope="module")
-def pipe(preset):
-    return Pipeline.from_pretrained(preset)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a command line that must be refused; the sentence on stderr."""
-    return functools.partial(refusal, capsys)
 
 
 def audio(path, kind):

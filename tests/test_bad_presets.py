@@ -1,13 +1,12 @@
 """Presets whose parts are damaged or were not made for each other, and trainings asked wrongly."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from refusals import everything, refusal
+from refusals import everything
 from small_presets import VOCODER, write_preset, write_score
 from torch import nn
 
@@ -17,35 +16,10 @@ from fastscore.cli import main
 from fastscore.config import MelConfig, MelSpace, SigmaRange, SpectralVocoderConfig
 
 
-@pytest.fixture(scope="module")
-def preset(tmp_path_factory):
-    return write_preset(tmp_path_factory.mktemp("preset") / "small")
-
-
 @pytest.fixture
 def broken(preset, tmp_path):
     """A copy of the preset, to be damaged."""
     return Path(shutil.copytree(preset, tmp_path / "broken"))
-
-
-@pytest.fixture(scope="module")
-def pipe(preset):
-    return Pipeline.from_pretrained(preset)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a command line that must be refused; the sentence on stderr."""
-    return functools.partial(refusal, capsys)
 
 
 PARTS = ("classifier.safetensors", "score.safetensors", "vocoder.safetensors")

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from refusals import refusal
 from small_models import LABELS
-from small_presets import speech_like, write_preset
+from small_presets import speech_like
 from speech_folders import write_folder
 
 from fastscore import Pipeline, __version__
@@ -33,20 +33,14 @@ COMMANDS = (
 
 
 @pytest.fixture(scope="module")
-def preset(tmp_path_factory):
-    return str(write_preset(tmp_path_factory.mktemp("preset") / "small"))
+def preset(preset):
+    """As it stands on a command line."""
+    return str(preset)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data") / "speech")
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
