@@ -26,7 +26,7 @@ struct TapTokens {
 constexpr double kLog2E = 1.4426950408889634;
 
 // Queries whose scores over all tokens are held at once.
-constexpr int64_t kQueryRows = 12;
+constexpr int64_t kQueryRows = 24;
 
 // Scores lie a little apart from whole pages, so that rows do not compete for the same sets of the
 // cache.
@@ -60,21 +60,25 @@ FS_INLINE void scale_row(const T* from, int64_t count, float factor, U* to) {
   }
 }
 
-// 2^x for x <= 0, relative error below 3e-7; not below 2^-126, which is nothing beside the largest
-// score's 1
-FS_INLINE Vf power_of_two(Vf x) {
-  const Vf clamped = maximum(broadcast(-126.0f), x);
+// 2^x of N vectors for x <= 0, relative error below 3e-7; not below 2^-126, which is nothing beside
+// the largest score's 1. One step of all after the other: the chains of single vectors are long,
+// and a processor that meets them one by one has not got room for enough of them.
+template <int N>
+FS_INLINE void powers_of_two(Vf (&x)[N]) {
+  Vf scale[N], power[N];
   // adding this rounds to an integer and leaves it, with the bias of the exponent, in the low bits
   const Vf magic = broadcast(0x1.8000fep23f);
-  const Vf shifted = clamped + magic;
-  const Vf r = clamped - (shifted - magic);
+  for (int i = 0; i < N; ++i) x[i] = maximum(broadcast(-126.0f), x[i]);
+  for (int i = 0; i < N; ++i) scale[i] = x[i] + magic;
+  for (int i = 0; i < N; ++i) x[i] = x[i] - (scale[i] - magic);
+  for (int i = 0; i < N; ++i) scale[i] = as_float(as_int(scale[i]) << 23);
   // minimax polynomial on [-1/2, 1/2]
-  Vf p = fma(broadcast(0x1.5c08e4p-10f), r, broadcast(0x1.3d0c52p-7f));
-  p = fma(p, r, broadcast(0x1.c6b6e4p-5f));
-  p = fma(p, r, broadcast(0x1.ebf918p-3f));
-  p = fma(p, r, broadcast(0x1.62e428p-1f));
-  p = fma(p, r, broadcast(1.0f));
-  return p * as_float(as_int(shifted) << 23);
+  const float terms[] = {0x1.3d0c52p-7f, 0x1.c6b6e4p-5f, 0x1.ebf918p-3f, 0x1.62e428p-1f, 1.0f};
+  for (int i = 0; i < N; ++i) power[i] = broadcast(0x1.5c08e4p-10f);
+  for (const float term : terms) {
+    for (int i = 0; i < N; ++i) power[i] = fma(power[i], x[i], broadcast(term));
+  }
+  for (int i = 0; i < N; ++i) x[i] = power[i] * scale[i];
 }
 
 // Turns a row of scores, in units of log 2, into 2^(score - largest); returns one over their sum.
@@ -90,15 +94,20 @@ static inline float exponentials(float* scores, int64_t count) {
   if (i < whole) most[0] = maximum(most[0], load(scores + i));
   const Vf top = broadcast(largest(maximum(most[0], most[1])));
   Vf total[2] = {zero(), zero()};
-  const auto step = [&](int u, float* p) {
-    const Vf e = power_of_two(load(p) - top);
-    store(p, e);
-    total[u] += e;
-  };
-  for (i = 0; i + 2 * kLanes <= whole; i += 2 * kLanes) {
-    for (int u = 0; u < 2; ++u) step(u, scores + i + u * kLanes);
+  constexpr int kTogether = sizeof(Vf) == 64 ? 4 : 2;
+  for (i = 0; i + kTogether * kLanes <= whole; i += kTogether * kLanes) {
+    Vf e[kTogether];
+    for (int u = 0; u < kTogether; ++u) e[u] = load(scores + i + u * kLanes) - top;
+    powers_of_two(e);
+    for (int u = 0; u < kTogether; ++u) store(scores + i + u * kLanes, e[u]);
+    for (int u = 0; u < kTogether; ++u) total[u % 2] += e[u];
   }
-  if (i < whole) step(0, scores + i);
+  for (; i < whole; i += kLanes) {
+    Vf e[1] = {load(scores + i) - top};
+    powers_of_two(e);
+    store(scores + i, e[0]);
+    total[0] += e[0];
+  }
   return 1.0f / sum(total[0] + total[1]);
 }
 
