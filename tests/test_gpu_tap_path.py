@@ -7,7 +7,7 @@ from interpreter import DEVICE, DTYPES, TOLERANCES, activation, assert_near, nam
 
 # isort: split
 from fastscore_kernels import reference
-from fastscore_kernels.gpu.launch import parameters
+from fastscore_kernels.gpu.launch import DEVICES, parameters, record
 from fastscore_kernels.gpu.tap_path import tap_path
 
 # batch, tap channels, width, groups, heads, height, width; nothing a power of two, one position
@@ -43,10 +43,12 @@ def composed(feature, gradient, *rest, groups, heads, spatial):
     return F.conv2d(taps, *weights[6:8]) + F.conv2d(fused, *weights[8:]), log_rms
 
 
-def check(shape, dtype, spatial, parameter_dtype=torch.float32, last=True, **chosen):
+def check(
+    shape, dtype, spatial, parameter_dtype=torch.float32, last=True, op="tap_path_own", **chosen
+):
     groups, heads = shape[3:5]
     given = arguments(shape, dtype, parameter_dtype, last)
-    with parameters("tap_path_project", **chosen):
+    with parameters(op, **chosen):
         out, log_rms = tap_path(*given, groups, heads, spatial, 1e-5)
     expected, expected_log = composed(*given, groups=groups, heads=heads, spatial=spatial)
     assert out.dtype == dtype
@@ -70,17 +72,28 @@ def test_narrow_taps(dtype, spatial):
     )
 
 
+@SPATIAL
 @pytest.mark.parametrize("known", [0, 1])
-def test_moments_found_either_way(known):
-    check(SHAPES[0], torch.float32, True, known=known, block_w=16)
+def test_moments_found_either_way(known, spatial):
+    op = "tap_path_project" if spatial else "tap_path_own"
+    chosen = {"known": known, "block_w": 16} if spatial else {"known": known}
+    check((1, 20, 18, 4, 2, 3, 5), torch.float32, spatial, op=op, **chosen)
 
 
-@pytest.mark.parametrize("spatial", [False, True])
-def test_few_launches_a_scale(spatial):
-    """A lone sample, at the sizes of a preset: two launches, whatever the attention."""
-    from fastscore_kernels.gpu.launch import DEVICES, record
-
-    given = arguments((1, 256, 112, 8, 4, 10, 8), torch.bfloat16, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("shape", "spatial", "count"),
+    [
+        ((1, 192, 144, 8, 4, 40, 32), False, 2),
+        ((1, 208, 112, 8, 4, 20, 16), True, 2),
+        ((1, 256, 112, 8, 4, 10, 8), True, 2),
+        ((1, 32, 32, 8, 4, 40, 32), False, 1),
+        ((1, 64, 80, 8, 4, 20, 16), False, 1),
+        ((1, 128, 128, 8, 4, 10, 8), True, 2),
+    ],
+)
+def test_few_launches_a_scale(shape, spatial, count):
+    """A lone sample at the scales of the presets: at most two launches."""
+    given = arguments(shape, torch.bfloat16, torch.bfloat16)
     with record(DEVICES["sm_90"]) as launches:
-        tap_path(*given, 8, 4, spatial, 1e-5)
-    assert len(launches) == 2
+        tap_path(*given, *shape[3:5], spatial, 1e-5)
+    assert len(launches) == count

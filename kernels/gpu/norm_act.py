@@ -118,8 +118,8 @@ def norm_act_partial_kernel(
 ):
     """Moments of one stretch of positions: partial [B, splits, 2, G] (mean, squares)."""
     CPG: tl.constexpr = C // G
-    split = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     g0 = tl.program_id(2) * BUNDLE
     lane = tl.arange(0, BLOCK_C)
     c_mask = lane < BUNDLE * CPG
@@ -164,8 +164,8 @@ def norm_act_apply_kernel(
 ):
     """Normalise one stretch of positions, given the moments of all of them."""
     CPG: tl.constexpr = C // G
-    split = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     g0 = tl.program_id(2) * BUNDLE
     g = tl.arange(0, BLOCK_G)
     s = tl.arange(0, BLOCK_S)
@@ -227,7 +227,7 @@ def norm_act(
         launch(norm_act_kernel, grid, x, *affine, **form, **common, WHOLE=plan.whole)
         return y, stats
     partial = torch.empty(batch, plan.splits, 2, groups, dtype=torch.float32, device=x.device)
-    grid = (plan.splits, batch, groups // plan.bundle)
+    grid = (batch, plan.splits, groups // plan.bundle)
     stretch = (plan.chunk, plan.splits)
     launch(norm_act_partial_kernel, grid, x, partial, positions, *stretch, **common)
     launch(

@@ -155,8 +155,8 @@ def norm_act_backward_partial_kernel(
     and dxhat * xhat.
     """
     CPG: tl.constexpr = C // G
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     b = row % batch
     g0 = tl.program_id(2) * BUNDLE
     lane = tl.arange(0, BLOCK_C)
@@ -231,8 +231,8 @@ def norm_act_backward_apply_kernel(
 ):
     """Cotangent of one stretch; one more program a row adds up the channel sums beside them."""
     CPG: tl.constexpr = C // G
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     b = row % batch
     g0 = tl.program_id(2) * BUNDLE
     lane = tl.arange(0, BLOCK_C)
@@ -320,7 +320,7 @@ def norm_act_backward(
     stretch = (positions, plan.chunk, plan.splits)
     launch(
         norm_act_backward_partial_kernel,
-        (plan.splits, rows, bundles),
+        (rows, plan.splits, bundles),
         *given,
         *partials,
         batch,
@@ -329,7 +329,7 @@ def norm_act_backward(
     )
     launch(
         norm_act_backward_apply_kernel,
-        (plan.splits + 1, rows, bundles),
+        (rows, plan.splits + 1, bundles),
         *given,
         *partials,
         grad_x,

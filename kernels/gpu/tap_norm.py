@@ -168,8 +168,8 @@ def tap_moments_kernel(
 ):
     """Moments of one stretch: partial [B, splits, 4, G] fp64, mean and squares of each tap."""
     CPG: tl.constexpr = C // G
-    split = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     g0 = tl.program_id(2) * BUNDLE
     lane = tl.arange(0, BLOCK_C)
     c_mask = lane < BUNDLE * CPG
@@ -248,8 +248,8 @@ def tap_norm_apply_kernel(
 ):
     """Normalise one stretch of both taps; BLOCK_G holds all groups, of which BUNDLE are ours."""
     CPG: tl.constexpr = C // G
-    split = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     bundle = tl.program_id(2)
     f_mean, f_rstd, g_mean, g_rstd, rms = tap_statistics(
         partial, b, N, chunk, splits, EPS, CPG, G, BLOCK_S, BLOCK_G
@@ -335,7 +335,7 @@ def tap_norm(
     partial = moments(feature, gradient, plan, groups)
     launch(
         tap_norm_apply_kernel,
-        (plan.splits, batch, bundles),
+        (batch, plan.splits, bundles),
         feature,
         gradient,
         partial,
@@ -357,7 +357,7 @@ def moments(feature: Tensor, gradient: Tensor, plan: NormPlan, groups: int) -> T
     partial = torch.empty(batch, plan.splits, 4, groups, dtype=torch.float64, device=feature.device)
     launch(
         tap_moments_kernel,
-        (plan.splits, batch, groups // plan.bundle),
+        (batch, plan.splits, groups // plan.bundle),
         feature,
         gradient,
         partial,
