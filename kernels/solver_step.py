@@ -62,11 +62,12 @@ def normals(
     draw: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """Standard normals [S, B, size] fp32 for steps [S] and samples [B], all int64.
+    """Standard normals [S, B, size] fp32 for steps [S] and samples [B], all int64, not negative.
 
     Number j of step s and sample b is number j % 4 of Philox 4x32-10 block (j / 4, steps[s],
     samples[b], draw) under key seeds[b], by Box-Muller in float64 (Salmon et al. 2011): the same
-    bits on every backend. ValueError names the argument that does not fit.
+    bits on every backend as long as samples, steps and draw are below 2^32, which is not looked
+    at: that would wait for the device. ValueError names the argument that does not fit.
     """
     for name, t in (("seeds", seeds), ("samples", samples), ("steps", steps)):
         _check_integers("normals", name, t, tuple(t.shape[:1]), seeds)

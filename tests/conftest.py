@@ -1,5 +1,8 @@
 """Fixtures every test may use."""
 
+import interpreter  # noqa: F401  # before anything brings Triton
+
+# isort: split
 import functools
 from collections.abc import Callable
 from pathlib import Path
