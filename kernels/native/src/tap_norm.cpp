@@ -5,7 +5,8 @@ namespace fs::FS_ISA {
 namespace {
 
 template <class T>
-int run(const TapProblem& problem, Tensor<const T> feature, Tensor<const T> gradient, Tensor<T> out) {
+int run(const TapProblem& problem, Tensor<const T> feature, Tensor<const T> gradient,
+        Tensor<T> out) {
   const Blocks blocks = blocks_of(problem.positions);
   const int64_t step = padded(problem.channels);
   const int threads = threads_for(2 * problem.batch * problem.channels * problem.positions,
@@ -50,8 +51,8 @@ int tap_norm(const void* feature, int64_t f_batch, int64_t f_channel, int64_t f_
              const void* gradient_bias, int parameter_dtype, float* log_rms, float* stats,
              int64_t batch, int64_t channels, int64_t positions, int64_t groups, double eps) {
   const TapProblem problem{feature_weight,  feature_bias, gradient_weight, gradient_bias,
-                        parameter_dtype, log_rms,      stats,           batch,
-                        channels,        positions,    groups,          eps};
+                           parameter_dtype, log_rms,      stats,           batch,
+                           channels,        positions,    groups,          eps};
   return with_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return run(problem,
