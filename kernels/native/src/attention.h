@@ -141,11 +141,11 @@ static void attend(const TapTokens<T>& t, int64_t head, Range queries, U* out, i
     for (int64_t r = 0; r < rows; ++r) {
       scale_row(t.query + (n + r) * t.query_stride + head * width, width, scale, query + r * width);
     }
-    gemm(key_panels, rows, {query, width, 1}, keys, Start::kZero, nullptr, scores, stride);
+    gemm<Start::kZero>(key_panels, rows, {query, width, 1}, keys, nullptr, scores, stride);
     float inverse[kQueryRows];
     for (int64_t r = 0; r < rows; ++r) inverse[r] = exponentials(scores + r * stride, tokens);
-    gemm(value_panels, rows, {scores, stride, 1}, values, Start::kZero, nullptr, mixed,
-         padded(width));
+    gemm<Start::kZero>(value_panels, rows, {scores, stride, 1}, values, nullptr, mixed,
+                       padded(width));
     for (int64_t r = 0; r < rows; ++r) {
       scale_row(mixed + r * padded(width), width, inverse[r],
                 out + (n + r) * out_stride + head * width);

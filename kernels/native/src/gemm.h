@@ -179,54 +179,70 @@ struct Left {
 // What C starts from: nothing, a row that is the same for all rows, or what it holds.
 enum class Start { kZero, kRow, kHeld };
 
-template <int Rows, int Vectors>
-static inline void gemm_tile(Left a, const float* b, int64_t b_step, int64_t depth, Start start,
-                             const float* row, float* c, int64_t c_stride) {
-  Vf total[Rows][Vectors];
-  const auto fill = [&](auto value) {
-    for (int r = 0; r < Rows; ++r) {
-      for (int v = 0; v < Vectors; ++v) total[r][v] = value(r, v);
-    }
-  };
-  if (start == Start::kZero) {
-    fill([](int, int) { return zero(); });
-  } else if (start == Start::kRow) {
-    fill([&](int, int v) { return load(row + v * kLanes); });
-  } else {
-    fill([&](int r, int v) { return load(c + r * c_stride + v * kLanes); });
-  }
-  // a pointer for three rows each: base + index * {0, 1, 2} is one address
-  constexpr int kPointers = (Rows + 2) / 3;
-  const float* p[kPointers];
-  for (int i = 0; i < kPointers; ++i) p[i] = a.data + 3 * i * a.row_stride;
-  for (int64_t k = 0; k < depth; ++k) {
-    Vf right[Vectors];
-    for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * kLanes);
-    b += b_step;
-    for (int r = 0; r < Rows; ++r) {
-      const Vf left = broadcast(p[r / 3][(r % 3) * a.row_stride]);
-      for (int v = 0; v < Vectors; ++v) total[r][v] = fma(left, right[v], total[r][v]);
-    }
-    for (int i = 0; i < kPointers; ++i) p[i] += a.depth_stride;
-  }
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) store(c + r * c_stride + v * kLanes, total[r][v]);
-  }
-}
-
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
 
+#define FS_INLINE_LAMBDA __attribute__((always_inline))
+
+// body(0), .., body(N - 1) with the numbers known to the compiler: what a plain loop leaves of a
+// tile is an array in memory that registers are copied from and to.
+template <int N, int I = 0, class Body>
+FS_INLINE void each(const Body& body) {
+  if constexpr (I < N) {
+    body(Constant<I>{});
+    each<N, I + 1>(body);
+  }
+}
+
+template <Start kStart, int Rows, int Vectors>
+FS_INLINE void gemm_tile(Left a, const float* b, int64_t b_step, int64_t depth, const float* row,
+                         float* c, int64_t c_stride) {
+  Vf total[Rows][Vectors];
+  const auto each_sum = [&](const auto& body) FS_INLINE_LAMBDA {
+    each<Rows>([&](auto r) FS_INLINE_LAMBDA {
+      each<Vectors>([&](auto v) FS_INLINE_LAMBDA { body(r, v); });
+    });
+  };
+  if constexpr (kStart == Start::kZero) {
+    each_sum([&](auto r, auto v) FS_INLINE_LAMBDA { total[r.value][v.value] = zero(); });
+  } else if constexpr (kStart == Start::kRow) {
+    each_sum([&](auto r, auto v)
+                 FS_INLINE_LAMBDA { total[r.value][v.value] = load(row + v.value * kLanes); });
+  } else {
+    each_sum([&](auto r, auto v) FS_INLINE_LAMBDA {
+      total[r.value][v.value] = load(c + r.value * c_stride + v.value * kLanes);
+    });
+  }
+  // a pointer for three rows each: base + index * {0, 1, 2} is one address
+  const float* p[2] = {a.data, a.data + 3 * a.row_stride};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vf right[Vectors];
+    each<Vectors>([&](auto v) FS_INLINE_LAMBDA { right[v.value] = load(b + v.value * kLanes); });
+    each<Rows>([&](auto r) FS_INLINE_LAMBDA {
+      const Vf left = broadcast(p[r.value / 3][(r.value % 3) * a.row_stride]);
+      each<Vectors>([&](auto v) FS_INLINE_LAMBDA {
+        total[r.value][v.value] = fma(left, right[v.value], total[r.value][v.value]);
+      });
+    });
+    b += b_step;
+    p[0] += a.depth_stride;
+    p[1] += a.depth_stride;
+  }
+  each_sum([&](auto r, auto v) FS_INLINE_LAMBDA {
+    store(c + r.value * c_stride + v.value * kLanes, total[r.value][v.value]);
+  });
+}
+
 // All rows of one panel.
-template <int Vectors>
-static void gemm_panel(int64_t rows, Left a, const float* b, int64_t depth, Start start,
-                       const float* row, float* c, int64_t c_stride) {
+template <Start kStart, int Vectors>
+static void gemm_panel(int64_t rows, Left a, const float* b, int64_t depth, const float* row,
+                       float* c, int64_t c_stride) {
   constexpr int64_t step = Vectors * kLanes;
   const auto tile = [&](auto count) {
     constexpr int kRows = decltype(count)::value;
-    gemm_tile<kRows, Vectors>(a, b, step, depth, start, row, c, c_stride);
+    gemm_tile<kStart, kRows, Vectors>(a, b, step, depth, row, c, c_stride);
     a.data += kRows * a.row_stride;
     c += kRows * c_stride;
     rows -= kRows;
@@ -238,26 +254,27 @@ static void gemm_panel(int64_t rows, Left a, const float* b, int64_t depth, Star
 }
 
 // C [rows, columns rounded up to whole vectors] = start + A [rows, depth] times the packed B.
+template <Start kStart>
 static inline void gemm(const Panels& panels, int64_t rows, Left a, const float* packed,
-                        Start start, const float* row, float* c, int64_t c_stride) {
+                        const float* row, float* c, int64_t c_stride) {
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const Range columns = panels.columns_of(panel);
     const float* b = packed + columns.begin * panels.depth;
-    const float* r = start == Start::kRow ? row + columns.begin : nullptr;
+    const float* r = kStart == Start::kRow ? row + columns.begin : nullptr;
     float* out = c + columns.begin;
     switch ((columns.end - columns.begin) / kLanes) {
       case 1:
-        gemm_panel<1>(rows, a, b, panels.depth, start, r, out, c_stride);
+        gemm_panel<kStart, 1>(rows, a, b, panels.depth, r, out, c_stride);
         break;
       case 2:
-        gemm_panel<2>(rows, a, b, panels.depth, start, r, out, c_stride);
+        gemm_panel<kStart, 2>(rows, a, b, panels.depth, r, out, c_stride);
         break;
 #if defined(FS_ISA_AVX512) || defined(FS_ISA_NEON)
       case 3:
-        gemm_panel<3>(rows, a, b, panels.depth, start, r, out, c_stride);
+        gemm_panel<kStart, 3>(rows, a, b, panels.depth, r, out, c_stride);
         break;
       case 4:
-        gemm_panel<4>(rows, a, b, panels.depth, start, r, out, c_stride);
+        gemm_panel<kStart, 4>(rows, a, b, panels.depth, r, out, c_stride);
         break;
 #endif
     }

@@ -122,24 +122,24 @@ struct Head {
                 m.query + r * width);
       convert_row(gradient + r * s.gradients.out_stride, width, m.gradient + r * width);
     }
-    gemm(across, rows, {m.query, width, 1}, m.keys, Start::kZero, nullptr, m.weights, stride);
-    gemm(across, rows, {m.gradient, width, 1}, m.values, Start::kZero, nullptr, m.scores, stride);
+    gemm<Start::kZero>(across, rows, {m.query, width, 1}, m.keys, nullptr, m.weights, stride);
+    gemm<Start::kZero>(across, rows, {m.gradient, width, 1}, m.values, nullptr, m.scores, stride);
     for (int64_t r = 0; r < rows; ++r) {
       float* weights = m.weights + r * stride;
       const float inverse = exponentials(weights, tokens);
       softmax_gradient(weights, inverse, m.scores + r * stride, tokens,
                        static_cast<float>(t.scale()));
     }
-    gemm(per_query, rows, {m.scores, stride, 1}, m.key_rows, Start::kZero, nullptr, m.result,
-         padded(width));
+    gemm<Start::kZero>(per_query, rows, {m.scores, stride, 1}, m.key_rows, nullptr, m.result,
+                       padded(width));
     for (int64_t r = 0; r < rows; ++r) {
       convert_row(m.result + r * padded(width), width,
                   s.gradients.query + (begin + r) * s.gradients.query_stride + head * width);
     }
-    gemm(per_token, tokens, {m.weights, 1, stride}, m.packed_gradient, Start::kHeld, nullptr,
-         m.value_gradients, padded(width));
-    gemm(per_token, tokens, {m.scores, 1, stride}, m.packed_query, Start::kHeld, nullptr,
-         m.key_gradients, padded(width));
+    gemm<Start::kHeld>(per_token, tokens, {m.weights, 1, stride}, m.packed_gradient, nullptr,
+                       m.value_gradients, padded(width));
+    gemm<Start::kHeld>(per_token, tokens, {m.scores, 1, stride}, m.packed_query, nullptr,
+                       m.key_gradients, padded(width));
   }
 
   void store_tokens() const {

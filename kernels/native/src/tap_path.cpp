@@ -149,10 +149,10 @@ struct Path {
       taps.feature_map.row(taps.feature.at(sample, begin + r), row, channels());
       taps.gradient_map.row(taps.gradient.at(sample, begin + r), row + channels(), channels());
     }
-    gemm(packed.feature, count, {m.row, m.row_stride, 1}, packed.feature_weight, Start::kRow,
-         packed.feature_bias, m.feature, m.feature_stride);
-    gemm(packed.gradient, count, {m.row + channels(), m.row_stride, 1}, packed.gradient_weight,
-         Start::kRow, packed.gradient_bias, m.gradient, m.gradient_stride);
+    gemm<Start::kRow>(packed.feature, count, {m.row, m.row_stride, 1}, packed.feature_weight,
+                      packed.feature_bias, m.feature, m.feature_stride);
+    gemm<Start::kRow>(packed.gradient, count, {m.row + channels(), m.row_stride, 1},
+                      packed.gradient_weight, packed.gradient_bias, m.gradient, m.gradient_stride);
   }
 
   void weigh(int64_t count, const RowsMemory& m) const {
@@ -166,13 +166,13 @@ struct Path {
     const Left left{m.row, m.row_stride, 1};
     if constexpr (sizeof(T) == sizeof(float)) {
       if (scale.width % kLanes == 0) {
-        gemm(packed.out, count, left, packed.out_weight, Start::kRow, packed.out_bias, to,
-             out.position);
+        gemm<Start::kRow>(packed.out, count, left, packed.out_weight, packed.out_bias, to,
+                          out.position);
         return;
       }
     }
     const int64_t stride = packed.out.padded_columns();
-    gemm(packed.out, count, left, packed.out_weight, Start::kRow, packed.out_bias, result, stride);
+    gemm<Start::kRow>(packed.out, count, left, packed.out_weight, packed.out_bias, result, stride);
     for (int64_t r = 0; r < count; ++r) {
       convert_row(result + r * stride, scale.width, to + r * out.position);
     }
