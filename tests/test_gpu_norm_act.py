@@ -88,8 +88,9 @@ def test_backward_is_the_derivative():
         assert_near(torch.cat((weight * dz_xhat + bias * dz, dz), 1), expected[3], 1e-4)
 
 
-@pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "last"), [("one tile", True), ("tiles", False), ("stretches", True)]
+)
 def test_a_large_mean_costs_no_digits(way, last):
     """fp32 sums of squares would lose all of these: 3000^2 is 2^23 times the variance."""
     x = activation(2, 8, 9, 5, last=last) + 3000

@@ -22,8 +22,8 @@ def counters(batch):
     return torch.stack((seeds, samples, steps), dim=1).to(DEVICE)
 
 
-@pytest.mark.parametrize("size", [1, 5, 64, 131])
-@pytest.mark.parametrize("draw", [0, 1, 2**32 - 1])
+@pytest.mark.parametrize("size", [1, 6, 131])
+@pytest.mark.parametrize("draw", [0, 2**32 - 1])
 def test_noise_has_the_bits_of_the_reference(size, draw):
     seeds, samples, _ = counters(4).unbind(1)
     steps = torch.tensor([0, 1, 2**32 - 1], device=DEVICE)

@@ -34,12 +34,13 @@ def check(shape, dtype, second, spatial, last=True):
     expected = reference.tap_fuse(*leaves, *[None] * (3 - len(leaves)), heads, spatial)
     grad = activation(*expected.shape, dtype=dtype, last=last)
     pulled = torch.autograd.grad(expected, leaves, grad.float(), allow_unused=True)
-    with parameters("tap_fuse", **({"block_n": 16} if spatial else {"block_r": 8})):
+    way, blocks = ("all", {"block_n": 16}) if spatial else ("own", {"block_r": 8})
+    with parameters(f"tap_fuse_{way}", **blocks):
         out = tap_fuse(*tensors, heads, spatial)
     assert (out.dtype, out.stride()) == (dtype, tensors[0].stride())
     # weights and logits' cotangents are rounded to the dtype before they meet a tensor core
     assert_near(out, expected, 2 * TOLERANCES[dtype])
-    with parameters("tap_fuse_backward", **({"block_n": 16} if spatial else {"block_r": 8})):
+    with parameters(f"tap_fuse_backward_{way}", **blocks):
         gradients = tap_fuse_backward(grad, *tensors, heads, spatial)
     assert second or gradients[2] is None
     for actual, t, e in zip(gradients, given, pulled, strict=False):

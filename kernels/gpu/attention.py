@@ -74,12 +74,14 @@ def plan_attention(op: str, q: Tensor, heads: int, spatial: bool) -> dict[str, i
         block_d = max(16, block_d)
         # the fewest queries a tensor core takes, more where the processor is full anyway
         programs = batch * heads * ceil_div(positions, 64)
-        full = 64 if q.element_size() == 2 else 32
-        block_m = full if programs >= device.multiprocessors and block_d <= 64 else 16
-        room = max(16, 8192 // (block_d * q.element_size() // 2))
+        # three tf32 products a dot: fp32 has registers for the smallest tiles only
+        narrow = q.element_size() == 2
+        full = narrow and programs >= device.multiprocessors and block_d <= 64
+        block_m = 64 if full else 16
+        block_n = (64 if narrow else 32) if block_d <= 64 else 16
         rule = {
             "block_m": block_m,
-            "block_n": min(64, room, max(16, power_of_two(positions))),
+            "block_n": min(block_n, max(16, power_of_two(positions))),
             "warps": 4,
             "stages": 2,
         }
@@ -92,6 +94,5 @@ def plan_attention(op: str, q: Tensor, heads: int, spatial: bool) -> dict[str, i
         "channels": channels,
         "positions": positions,
         "heads": heads,
-        "spatial": int(spatial),
     }
-    return choose(op, device, shape, rule)
+    return choose(f"{op}_all" if spatial else f"{op}_own", device, shape, rule)

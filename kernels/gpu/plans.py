@@ -60,6 +60,9 @@ def plan_norm(op: str, x: Tensor, groups: int, rows: int) -> NormPlan:
         rule["splits"] = ceil_div(2 * device.multiprocessors, bundles)
     else:
         rule = _whole_rule(positions, per_group * bundle, last)
+        if op == "norm_act_backward":
+            # two inputs and two sums an element: half as many elements a thread
+            rule["warps"] = min(16, 2 * rule["warps"])
     rule["bundle"] = bundle
     return _checked(choose(op, device, _key(x, rows, groups), rule), channels, groups, positions)
 
@@ -134,7 +137,7 @@ def _whole_rule(positions: int, channels: int, last: bool) -> dict[str, int]:
 
 
 def _checked(chosen: dict[str, int], channels: int, groups: int, positions: int) -> NormPlan:
-    bundle, block_n = chosen["bundle"], power_of_two(chosen["block_n"])
+    bundle, block_n = chosen["bundle"], power_of_two(max(1, chosen["block_n"]))
     if bundle < 1 or groups % bundle:
         raise ValueError(f"bundle {bundle} must divide {groups} groups")
     most = max(1, min(chosen["splits"], _MAX_SPLITS, ceil_div(positions, block_n)))

@@ -186,9 +186,10 @@ def all_positions(
     _project(f, g, norms, inner, projected, log_rms, sizes, eps)
     narrow = f.element_size() == 2
     full = sizes.batch * ceil_div(sizes.positions, 64) >= device_of(f).multiprocessors
+    # beside an output of all heads there is room for small tiles of fp32 or few queries
     rule = {
         "block_m": 64 if full and narrow else 16,
-        "block_n": 64 if narrow else 32,
+        "block_n": 64 if full and narrow else 32,
         "warps": 4,
         "stages": 2,
     }

@@ -169,7 +169,7 @@ def own_positions(
     rule = {
         "block_m": 32 if full and narrow else 16,
         # wide outputs leave fewer registers for weights on their way
-        "block_k": (64 if narrow else 32) // (2 if sizes.width > 128 else 1),
+        "block_k": (32 if sizes.width > 128 else 64) if narrow else 16,
         "warps": 8,
         # every program reads both taps: cheaper than a launch while they are small and all run
         "known": int(tap > _LONE_TAP or not at_once or block_c > 512),
@@ -204,7 +204,7 @@ def own_positions(
         BLOCK_K=plan["block_k"],
         BLOCK_D=block_d(sizes),
         BLOCK_W=max(16, power_of_two(sizes.width)),
-        BLOCK_N=max(1, 4096 // block_c),
+        BLOCK_N=max(1, 2048 // block_c),
         BLOCK_C=block_c,
         BLOCK_G=stretches.all_groups,
         BLOCK_S=stretches.block_s,
