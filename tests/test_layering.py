@@ -52,7 +52,10 @@ fastscore_kernels.gpu.solver_step    torch triton kernels.gpu.exact kernels.gpu.
 fastscore_kernels.gpu.tap_fuse_backward torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch |
 fastscore_kernels.gpu.tap_fuse       torch triton kernels.gpu.attention kernels.gpu.launch kernels.gpu.tap_fuse_backward |
 fastscore_kernels.gpu.tap_norm       torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.plans |
-fastscore_kernels.gpu.tap_path       torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch kernels.gpu.plans kernels.gpu.tap_norm |
+fastscore_kernels.gpu.tap_path_parts torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.tap_norm |
+fastscore_kernels.gpu.tap_path_all   torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch kernels.gpu.plans kernels.gpu.tap_norm kernels.gpu.tap_path_parts |
+fastscore_kernels.gpu.tap_path_own   torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.plans kernels.gpu.tap_norm kernels.gpu.tap_path_parts |
+fastscore_kernels.gpu.tap_path       torch kernels.gpu.launch kernels.gpu.tap_path_all kernels.gpu.tap_path_own kernels.gpu.tap_path_parts |
 fastscore_kernels.gpu.cases          torch kernels.gpu.norm_act kernels.gpu.shapes kernels.gpu.solver_step kernels.gpu.tap_fuse kernels.gpu.tap_norm kernels.gpu.tap_path |
 fastscore_kernels.gpu.aot            triton kernels.gpu.cases kernels.gpu.launch |
 fastscore_kernels.library            torch |
