@@ -253,11 +253,12 @@ static void gemm_panel(int64_t rows, Left a, const float* b, int64_t depth, cons
   if (rows >= 1) tile(Constant<1>{});
 }
 
-// C [rows, columns rounded up to whole vectors] = start + A [rows, depth] times the packed B.
+// C [rows, columns rounded up to whole vectors] = start + A [rows, depth] times the packed B, in
+// the columns of some panels.
 template <Start kStart>
-static inline void gemm(const Panels& panels, int64_t rows, Left a, const float* packed,
-                        const float* row, float* c, int64_t c_stride) {
-  for (int64_t panel = 0; panel < panels.count; ++panel) {
+static inline void gemm_panels(const Panels& panels, Range some, int64_t rows, Left a,
+                               const float* packed, const float* row, float* c, int64_t c_stride) {
+  for (int64_t panel = some.begin; panel < some.end; ++panel) {
     const Range columns = panels.columns_of(panel);
     const float* b = packed + columns.begin * panels.depth;
     const float* r = kStart == Start::kRow ? row + columns.begin : nullptr;
@@ -279,6 +280,12 @@ static inline void gemm(const Panels& panels, int64_t rows, Left a, const float*
 #endif
     }
   }
+}
+
+template <Start kStart>
+static inline void gemm(const Panels& panels, int64_t rows, Left a, const float* packed,
+                        const float* row, float* c, int64_t c_stride) {
+  gemm_panels<kStart>(panels, {0, panels.count}, rows, a, packed, row, c, c_stride);
 }
 
 }  // namespace fs::FS_ISA

@@ -15,6 +15,8 @@ namespace {
 
 // positions that go through the products at a time
 constexpr int64_t kRows = 48;
+// positions of which a product costs less than handing its weights to another processor
+constexpr int64_t kFewPositions = 128;
 // products worth a thread of their own: about 10 microseconds
 constexpr int64_t kProductGrain = 1 << 19;
 
@@ -57,14 +59,17 @@ struct Packed {
     out_bias = carver.take<float>(2 * out.padded_columns());
   }
 
+  // the panels that a thread of a team packs and, with few positions, multiplies
+  static Range share(const Panels& p, Team team) { return team.share(p.count); }
+
   // a thread's share of the weights; the biases are the first one's
   void fill(const Scale& s, Team team) const {
     const int64_t c = s.taps.channels, w = s.width;
-    share(s, team, s.query, w, c, feature, feature_weight, 0, 0);
-    share(s, team, s.kv_feature, 2 * w, c, feature, feature_weight, w, 0);
-    share(s, team, s.kv_gradient, 2 * w, c, gradient, gradient_weight, 0, 0);
-    share(s, team, s.skip, w, 2 * c, out, out_weight, 0, 0);
-    share(s, team, s.proj, w, w, out, out_weight, 0, 2 * c);
+    pack(s, team, s.query, w, c, feature, feature_weight, 0, 0);
+    pack(s, team, s.kv_feature, 2 * w, c, feature, feature_weight, w, 0);
+    pack(s, team, s.kv_gradient, 2 * w, c, gradient, gradient_weight, 0, 0);
+    pack(s, team, s.skip, w, 2 * c, out, out_weight, 0, 0);
+    pack(s, team, s.proj, w, w, out, out_weight, 0, 2 * c);
     if (team.id > 0) return;
     pack_padding(feature, feature_weight);
     pack_padding(gradient, gradient_weight);
@@ -79,11 +84,16 @@ struct Packed {
     for (int64_t i = 0; i < w; ++i) out_bias[i] += second[i];
   }
 
-  void share(const Scale& s, Team team, const Matrix& matrix, int64_t rows, int64_t depth,
-             const Panels& panels, float* packed, int64_t first, int64_t start) const {
-    // in fours, which are packed together
-    const Range fours = team.share((rows + 3) / 4);
-    const int64_t begin = fours.begin * 4, end = fours.end * 4 < rows ? fours.end * 4 : rows;
+  // the rows of a matrix, columns from `first` on, that lie in a thread's panels
+  static void pack(const Scale& s, Team team, const Matrix& matrix, int64_t rows, int64_t depth,
+                   const Panels& panels, float* packed, int64_t first, int64_t start) {
+    const Range mine = share(panels, team);
+    if (mine.begin == mine.end) return;
+    int64_t begin = panels.columns_of(mine.begin).begin - first;
+    int64_t end = panels.columns_of(mine.end - 1).end - first;
+    if (begin < 0) begin = 0;
+    if (end > rows) end = rows;
+    if (begin >= end) return;
     with_dtype(s.taps.parameter_dtype, [&](auto* type) {
       const auto* weight = static_cast<decltype(type)>(const_cast<void*>(matrix.weight));
       pack_rows(panels, packed, first + begin, end - begin, start, depth, weight + begin * depth,
@@ -142,17 +152,23 @@ struct Path {
             scale.heads};
   }
 
-  // queries, keys and values of `count` positions from `begin` on
-  void project(int64_t sample, int64_t begin, int64_t count, const RowsMemory& m) const {
+  // both normalised taps of `count` positions from `begin` on
+  void normalise(int64_t sample, int64_t begin, int64_t count, const RowsMemory& m) const {
     for (int64_t r = 0; r < count; ++r) {
       float* row = m.row + r * m.row_stride;
       taps.feature_map.row(taps.feature.at(sample, begin + r), row, channels());
       taps.gradient_map.row(taps.gradient.at(sample, begin + r), row + channels(), channels());
     }
-    gemm<Start::kRow>(packed.feature, count, {m.row, m.row_stride, 1}, packed.feature_weight,
-                      packed.feature_bias, m.feature, m.feature_stride);
-    gemm<Start::kRow>(packed.gradient, count, {m.row + channels(), m.row_stride, 1},
-                      packed.gradient_weight, packed.gradient_bias, m.gradient, m.gradient_stride);
+  }
+
+  // queries, keys and values of `count` positions, in the columns that a team's thread has
+  void project(Team team, int64_t count, const RowsMemory& m) const {
+    gemm_panels<Start::kRow>(packed.feature, Packed::share(packed.feature, team), count,
+                             {m.row, m.row_stride, 1}, packed.feature_weight, packed.feature_bias,
+                             m.feature, m.feature_stride);
+    gemm_panels<Start::kRow>(packed.gradient, Packed::share(packed.gradient, team), count,
+                             {m.row + channels(), m.row_stride, 1}, packed.gradient_weight,
+                             packed.gradient_bias, m.gradient, m.gradient_stride);
   }
 
   void weigh(int64_t count, const RowsMemory& m) const {
@@ -161,20 +177,27 @@ struct Path {
     weigh_rows(r, count, scale.width, scale.heads, m.row + 2 * channels(), m.row_stride, weights);
   }
 
-  void finish(int64_t sample, int64_t begin, int64_t count, const RowsMemory& m) const {
+  // the result of `count` positions from `begin` on, in the columns that a team's thread has
+  void finish(Team team, int64_t sample, int64_t begin, int64_t count, const RowsMemory& m) const {
     T* to = out.data + sample * out.batch + begin * out.position;
     const Left left{m.row, m.row_stride, 1};
+    const Range panels = Packed::share(packed.out, team);
     if constexpr (sizeof(T) == sizeof(float)) {
       if (scale.width % kLanes == 0) {
-        gemm<Start::kRow>(packed.out, count, left, packed.out_weight, packed.out_bias, to,
-                          out.position);
+        gemm_panels<Start::kRow>(packed.out, panels, count, left, packed.out_weight,
+                                 packed.out_bias, to, out.position);
         return;
       }
     }
+    if (panels.begin == panels.end) return;
     const int64_t stride = packed.out.padded_columns();
-    gemm<Start::kRow>(packed.out, count, left, packed.out_weight, packed.out_bias, result, stride);
+    gemm_panels<Start::kRow>(packed.out, panels, count, left, packed.out_weight, packed.out_bias,
+                             result, stride);
+    const int64_t first = packed.out.columns_of(panels.begin).begin;
+    const int64_t last = packed.out.columns_of(panels.end - 1).end;
+    const int64_t columns = (last < scale.width ? last : scale.width) - first;
     for (int64_t r = 0; r < count; ++r) {
-      convert_row(result + r * stride, scale.width, to + r * out.position);
+      convert_row(result + r * stride + first, columns, to + r * out.position + first);
     }
   }
 
@@ -192,19 +215,30 @@ struct Path {
     team.barrier();
     taps.finish(sample, slot, team.id == 0);
     const Range mine = team.share(scale.taps.positions);
+    const Team one{0, 1};
     if (!scale.spatial) {
       in_blocks(mine, [&](int64_t n, int64_t count) {
-        project(sample, n, count, rows);
+        normalise(sample, n, count, rows);
+        project(one, count, rows);
         weigh(count, rows);
-        finish(sample, n, count, rows);
+        finish(one, sample, n, count, rows);
       });
       return;
     }
-    in_blocks(mine, [&](int64_t n, int64_t count) { project(sample, n, count, whole.from(n)); });
+    // with few positions threads share columns: the weights would cost more to hand over than to
+    // use
+    const bool by_columns =
+        scale.taps.positions <= kFewPositions && team.count > 1 && team.count <= packed.out.count;
+    const Team columns = by_columns ? team : one;
+    const Range range = by_columns ? Range{0, scale.taps.positions} : mine;
+    in_blocks(mine, [&](int64_t n, int64_t count) { normalise(sample, n, count, whole.from(n)); });
+    if (by_columns) team.barrier();
+    in_blocks(range, [&](int64_t n, int64_t count) { project(columns, count, whole.from(n)); });
     team.barrier();
     attend_share(team, whole);
     team.barrier();
-    in_blocks(mine, [&](int64_t n, int64_t count) { finish(sample, n, count, whole.from(n)); });
+    in_blocks(range,
+              [&](int64_t n, int64_t count) { finish(columns, sample, n, count, whole.from(n)); });
   }
 
   // a head's queries are shared out where heads do not come out even
@@ -308,9 +342,10 @@ int run(const Scale& scale, Tensor<const T> feature, Tensor<const T> gradient, T
                        result,
                        attention};
     memory.packed.fill(scale, team);
-    team.barrier();
     // whole samples a thread, as long as there are enough for all; the others together
     const int64_t alone = batch / team.count;
+    // without these there is another barrier before weights are used
+    if (alone > 0) team.barrier();
     for (int64_t sample = alone * team.id; sample < alone * (team.id + 1); ++sample) {
       path.run(Team{0, 1}, sample, team.id, memory.sample_rows(team.id));
     }

@@ -193,20 +193,29 @@ void test(const char* isa, Problem& p, const Expected& e) {
   fs_set_threads(0);
 }
 
-// enough work for several threads, which small shapes never start: samples alone and shared
+// enough work for several threads, which small shapes never start: samples alone and shared, and
+// with few positions by columns
 void test_threads(const char* isa) {
   fs_set_isa(isa);
-  for (const bool spatial : {false, true}) {
-    for (const int64_t batch : {1, 2, 5}) {
-      Problem p({batch, 40, 48, 210, 4, 3}, FS_F32, FS_F32, spatial, 1.0f);
-      fs_set_threads(1);
-      CHECK(p.run(0, batch) == FS_OK, "%s", isa);
-      const Buffer once = p.out.buffer;
-      for (const int threads : {2, 3, 4}) {
-        fs_set_threads(threads);
-        p.poison();
-        CHECK(p.run(0, batch) == FS_OK && p.out.buffer == once, "%s, batch %d, %d threads", isa,
-              static_cast<int>(batch), threads);
+  struct Case {
+    int64_t width, positions, heads;
+    int dtype;
+  };
+  const Case cases[] = {{48, 210, 3, FS_F32}, {144, 100, 4, FS_F32}, {132, 90, 3, FS_BF16}};
+  for (const Case& c : cases) {
+    for (const bool spatial : {false, true}) {
+      for (const int64_t batch : {1, 2, 5}) {
+        Problem p({batch, 40, c.width, c.positions, 4, c.heads}, c.dtype, FS_F32, spatial, 1.0f);
+        fs_set_threads(1);
+        CHECK(p.run(0, batch) == FS_OK, "%s", isa);
+        const Buffer once = p.out.buffer;
+        for (const int threads : {2, 3, 4}) {
+          fs_set_threads(threads);
+          p.poison();
+          CHECK(p.run(0, batch) == FS_OK && p.out.buffer == once,
+                "%s, width %d, batch %d, %d threads", isa, static_cast<int>(c.width),
+                static_cast<int>(batch), threads);
+        }
       }
     }
   }
