@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import compiled
-from fastscore_kernels import norm_act, norm_act_backward, norm_act_forward, traffic
+from fastscore_kernels import norm_act, norm_act_linearize, traffic
 from problems import activation, norm_planes
 
 
@@ -47,11 +47,11 @@ def test_backward(compare, device, kernel, with_compile, plane):
     leaf = x.clone().requires_grad_()
     with torch.enable_grad():
         y = eager(leaf, plane.groups, *rest)
-    stats = norm_act_forward(x, plane.groups, *rest, backend=kernel)[1]
+    pull_back = norm_act_linearize(x, plane.groups, *rest, backend=kernel)[1]
     runs = {"eager": lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True)[0]}
     for name, run in compiled(pull, with_compile).items():
         runs[name] = lambda run=run: run(x, plane.groups, *rest, grad)
-    runs[kernel] = lambda: norm_act_backward(grad, x, stats, plane.groups, *rest, backend=kernel)[0]
+    runs[kernel] = lambda: pull_back(grad)
     moved = traffic.norm_act_backward(
         plane.batch, plane.channels, plane.positions, x.element_size()
     )

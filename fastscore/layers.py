@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from fastscore_kernels import norm_act, norm_act_backward, norm_act_forward, resolve
+from fastscore_kernels import norm_act, norm_act_linearize, resolve
 from torch import Tensor, nn
 
 # the pull-back of a linear map: cotangents of its output, any number for each sample (row i belongs
@@ -61,15 +61,9 @@ class NormAct(nn.Module):
     def linearize(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Pull]:
         """``forward`` and its pull-back to x."""
         film = None if self.film is None else self.film(emb)
-        parameters = self.weight, self.bias, film
-        y, stats = norm_act_forward(x, self.groups, *parameters, backend=self.backend)
-
-        def pull(grad: Tensor) -> Tensor:
-            return norm_act_backward(
-                grad, x, stats, self.groups, *parameters, backend=self.backend
-            )[0]
-
-        return y, pull
+        return norm_act_linearize(
+            x, self.groups, self.weight, self.bias, film, backend=self.backend
+        )
 
 
 class ResBlock(nn.Module):

@@ -5,7 +5,12 @@ kernels (``triton``); ``backend=`` chooses, `available` tells what is there.
 """
 
 from fastscore_kernels.backends import BACKENDS, available, resolve
-from fastscore_kernels.norm_act import norm_act, norm_act_backward, norm_act_forward
+from fastscore_kernels.norm_act import (
+    norm_act,
+    norm_act_backward,
+    norm_act_forward,
+    norm_act_linearize,
+)
 from fastscore_kernels.registration import dense
 from fastscore_kernels.solver_step import normals, solver_step
 from fastscore_kernels.tap_fuse import tap_fuse
@@ -21,6 +26,7 @@ __all__ = [
     "norm_act",
     "norm_act_backward",
     "norm_act_forward",
+    "norm_act_linearize",
     "normals",
     "resolve",
     "solver_step",

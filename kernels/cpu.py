@@ -57,19 +57,40 @@ def norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, act: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Kernel of ``fastscore_native::norm_act``."""
+    stats = torch.empty((2, x.shape[0], groups))
+    return _norm_act(x, weight, bias, film, groups, act, eps, stats.data_ptr()), stats
+
+
+def norm_act_alone(
+    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, act: bool, eps: float
+) -> Tensor:
+    """`norm_act` without statistics, which only its VJP needs."""
+    return _norm_act(x, weight, bias, film, groups, act, eps, None)
+
+
+def _norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    act: bool,
+    eps: float,
+    mean: int | None,
+) -> Tensor:
     b, c, h, w = x.shape
     y = torch.empty_like(x)
-    stats = torch.empty((2, b, groups))
-    mean = stats.data_ptr()
-    kept, *modulation = _film(film)
-    _call(
-        "fs_norm_act",
-        *(x.data_ptr(), *_strides(x), y.data_ptr(), *_strides(y), _CODES[x.dtype]),
-        *(weight.data_ptr(), bias.data_ptr(), _CODES[weight.dtype], *modulation),
-        *(mean, mean + 4 * b * groups, b, c, h * w, groups, act, eps),
+    strides = _strides(x)
+    film, *modulation = _film(film)
+    rstd = None if mean is None else mean + 4 * b * groups
+    code = _function("fs_norm_act")(
+        *(x.data_ptr(), *strides, y.data_ptr(), *strides, _CODES[x.dtype], weight.data_ptr()),
+        *(bias.data_ptr(), _CODES[weight.dtype], *modulation, mean, rstd),
+        *(b, c, h * w, groups, act, eps),
     )
-    del kept
-    return y, stats
+    if code:
+        library.raise_error("fs_norm_act", code)
+    return y
 
 
 def norm_act_backward(
@@ -83,22 +104,50 @@ def norm_act_backward(
     act: bool,
 ) -> tuple[Tensor, Tensor]:
     """Kernel of ``fastscore_native::norm_act_backward``."""
+    sums = torch.empty((2, grad.shape[0], grad.shape[1]))
+    pulled = _pull(grad, x, stats, weight, bias, film, groups, act, sums.data_ptr())
+    return pulled, sums
+
+
+def norm_act_pull(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    act: bool,
+) -> Tensor:
+    """`norm_act_backward` without the sums, which only parameters need."""
+    return _pull(grad, x, stats, weight, bias, film, groups, act, None)
+
+
+def _pull(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    act: bool,
+    sums: int | None,
+) -> Tensor:
     b, c, h, w = x.shape
-    rows = len(grad)
     grad_x = torch.empty_like(grad)
-    sums = torch.empty((2, rows, c))
+    # all three have one layout: strides of a sample do not depend on how many there are
+    strides = _strides(x)
     mean = stats.data_ptr()
-    kept, *modulation = _film(film)
-    _call(
-        "fs_norm_act_backward",
-        *(grad.data_ptr(), *_strides(grad), x.data_ptr(), *_strides(x)),
-        *(grad_x.data_ptr(), *_strides(grad_x), _CODES[x.dtype]),
-        *(weight.data_ptr(), bias.data_ptr(), _CODES[weight.dtype], *modulation),
-        *(mean, mean + 4 * b * groups, sums.data_ptr()),
-        *(b, rows // b, c, h * w, groups, act),
+    film, *modulation = _film(film)
+    code = _function("fs_norm_act_backward")(
+        *(grad.data_ptr(), *strides, x.data_ptr(), *strides, grad_x.data_ptr(), *strides),
+        *(_CODES[x.dtype], weight.data_ptr(), bias.data_ptr(), _CODES[weight.dtype], *modulation),
+        *(mean, mean + 4 * b * groups, sums, b, grad.shape[0] // b, c, h * w, groups, act),
     )
-    del kept
-    return grad_x, sums
+    if code:
+        library.raise_error("fs_norm_act_backward", code)
+    return grad_x
 
 
 def tap_norm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from fastscore_kernels import checks, cpu, reference
 from fastscore_kernels.backends import choose, provide
 from fastscore_kernels.registration import (
     batch,
+    call,
     define,
     define_triton,
     differentiate,
+    direct,
     once_differentiable,
     vectorise,
 )
@@ -45,7 +48,10 @@ def norm_act(
     2018; Perez et al. 2018). ValueError names the argument that does not fit, or what a backend
     that is not there needs.
     """
-    return norm_act_forward(x, groups, weight, bias, film, act, eps, backend)[0]
+    chosen = _prepare(x, groups, weight, bias, film, backend)
+    if chosen == "native" and direct((x, weight, bias, film)):
+        return cpu.norm_act_alone(x, weight, bias, film, groups, act, eps)
+    return _forward(chosen, x, weight, bias, film, groups, act, eps)[0]
 
 
 def norm_act_forward(
@@ -59,12 +65,23 @@ def norm_act_forward(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`norm_act` and stats [2, B, groups] fp32, means and reciprocal deviations, for its VJP."""
+    chosen = _prepare(x, groups, weight, bias, film, backend)
+    return _forward(chosen, x, weight, bias, film, groups, act, eps)
+
+
+def _prepare(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, film: Tensor | None, backend: str | None
+) -> str:
+    """Check the arguments of the forward pass and choose the backend."""
     checks.activation("norm_act", "x", x)
     _check_parameters(x, groups, weight, bias, film)
-    chosen = choose(backend, x)
+    return choose(backend, x)
+
+
+def _forward(chosen: str, *args: Any) -> tuple[Tensor, Tensor]:
     if chosen == "reference":
-        return reference.norm_act(x, weight, bias, film, groups, act, eps)
-    return _OPERATORS[chosen][0](x, weight, bias, film, groups, act, eps)
+        return reference.norm_act(*args)
+    return call(*_OPERATORS[chosen][0], *args)
 
 
 def norm_act_backward(
@@ -87,13 +104,7 @@ def norm_act_backward(
     """
     checks.activation("norm_act", "x", x)
     _check_parameters(x, groups, weight, bias, film)
-    checks.activation("norm_act", "grad", grad)
-    checks.placed("norm_act", "grad", grad, "x", x)
-    if grad.shape[1:] != x.shape[1:] or grad.shape[0] % x.shape[0]:
-        raise ValueError(
-            f"norm_act: grad has shape {tuple(grad.shape)}; expected that of x, {tuple(x.shape)}, "
-            "or a multiple of its batch"
-        )
+    _check_cotangent(grad, x)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     expected = (2, x.shape[0], groups)
     if stats.shape != expected or stats.dtype != kind or not stats.is_contiguous():
@@ -104,8 +115,47 @@ def norm_act_backward(
     chosen = choose(backend, x)
     if chosen == "reference":
         return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act)
-    grad = _match(grad, x)
-    return _OPERATORS[chosen][1](grad, x, stats, weight, bias, film, groups, act)
+    args = (_match(grad, x), x, stats, weight, bias, film, groups, act)
+    return call(*_OPERATORS[chosen][1], *args)
+
+
+def norm_act_linearize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None = None,
+    act: bool = True,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`norm_act` and its pull-back to x, which takes cotangents as `norm_act_backward` does.
+
+    Frozen parameters: theirs are not computed. Arguments are checked once for both.
+    """
+    chosen = _prepare(x, groups, weight, bias, film, backend)
+    y, stats = _forward(chosen, x, weight, bias, film, groups, act, eps)
+
+    def pull(grad: Tensor) -> Tensor:
+        _check_cotangent(grad, x)
+        if chosen == "reference":
+            return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act)[0]
+        args = (_match(grad, x), x, stats, weight, bias, film, groups, act)
+        if chosen == "native" and direct(args):
+            return cpu.norm_act_pull(*args)
+        return call(*_OPERATORS[chosen][1], *args)[0]
+
+    return y, pull
+
+
+def _check_cotangent(grad: Tensor, x: Tensor) -> None:
+    checks.activation("norm_act", "grad", grad)
+    checks.placed("norm_act", "grad", grad, "x", x)
+    if grad.shape[1:] != x.shape[1:] or grad.shape[0] % x.shape[0]:
+        raise ValueError(
+            f"norm_act: grad has shape {tuple(grad.shape)}; expected that of x, {tuple(x.shape)}, "
+            "or a multiple of its batch"
+        )
 
 
 def _check_parameters(
@@ -133,8 +183,8 @@ def _fake_backward(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad), sums
 
 
-# forward and backward operator of a backend
-_OPERATORS: dict[str, tuple[Any, Any]] = {}
+# forward and backward operator of a backend, each with its kernel
+_OPERATORS: dict[str, tuple[tuple[Any, Callable], tuple[Any, Callable]]] = {}
 
 
 def _register_native() -> None:
@@ -142,7 +192,7 @@ def _register_native() -> None:
     forward = define(name, _FORWARD, cpu.norm_act, _fake, cpus)
     backward = define(f"{name}_backward", _BACKWARD, cpu.norm_act_backward, _fake_backward, cpus)
     _derive(forward, backward)
-    _OPERATORS["native"] = forward, backward
+    _OPERATORS["native"] = (forward, cpu.norm_act), (backward, cpu.norm_act_backward)
 
 
 def _register_triton() -> None:
@@ -152,12 +202,12 @@ def _register_triton() -> None:
     forward = define_triton(name, _FORWARD, gpu.norm_act, _fake)
     backward = define_triton(f"{name}_backward", _BACKWARD, gpu.norm_act_backward, _fake_backward)
     _derive(forward, backward)
-    _OPERATORS["triton"] = forward, backward
+    _OPERATORS["triton"] = (forward, gpu.norm_act), (backward, gpu.norm_act_backward)
 
 
 def backward_operator(backend: str) -> Any:
     """Operator (grad, x, stats, weight, bias, film, groups, act) -> (grad_x, sums)."""
-    return _OPERATORS[backend][1]
+    return _OPERATORS[backend][1][0]
 
 
 def _derive(forward: Any, backward: Any) -> None:
@@ -184,7 +234,8 @@ def _derive(forward: Any, backward: Any) -> None:
 
 def _match(grad: Tensor, x: Tensor) -> Tensor:
     """A cotangent in x's type and layout: kernels read both in one."""
-    grad = grad.to(x.dtype)
+    if grad.dtype != x.dtype:
+        grad = grad.to(x.dtype)
     if checks.batched(grad):
         # the batching rule sees to the layout
         return grad

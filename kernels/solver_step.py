@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from fastscore_kernels import checks, cpu, noise, reference
 from fastscore_kernels.backends import provide, resolve
-from fastscore_kernels.registration import define, define_triton
+from fastscore_kernels.registration import call, define, define_triton
 from torch import Tensor
 
 COEFFICIENTS = ("c_skip", "c_out", "weight", "keep", "pull", "pull_old", "kick")
@@ -46,7 +47,8 @@ def solver_step(
         _check_integers("solver_step", "counters", counters, (len(x), 3), x)
     chosen = resolve(backend, x.device.type)
     if chosen != "reference":
-        return _OPERATORS[chosen][0](x, raw, guidance, denoised, old, coefficients, counters, draw)
+        step = x, raw, guidance, denoised, old, coefficients, counters, draw
+        return call(*_OPERATORS[chosen][0], *step)
     z = None
     if counters is not None:
         seeds, samples, steps = counters.unbind(1)
@@ -84,7 +86,7 @@ def normals(
     chosen = resolve(backend, seeds.device.type)
     if chosen == "reference":
         return noise.normals(seeds, samples, steps, size, draw)
-    return _OPERATORS[chosen][1](seeds, samples, steps, size, draw)
+    return call(*_OPERATORS[chosen][1], seeds, samples, steps, size, draw)
 
 
 def _check_state(
@@ -150,23 +152,25 @@ def _fake_normals(seeds: Tensor, samples: Tensor, steps: Tensor, size: int, draw
     return seeds.new_empty((steps.shape[0], seeds.shape[0], size), dtype=torch.float32)
 
 
-# solver_step and normals of a backend
-_OPERATORS: dict[str, tuple[Any, Any]] = {}
+# solver_step and normals of a backend, each with its kernel
+_OPERATORS: dict[str, tuple[tuple[Any, Callable], tuple[Any, Callable]]] = {}
 
 
 def _register_native() -> None:
+    step, draw = cpu.solver_step, cpu.normals
     _OPERATORS["native"] = (
-        define("fastscore_native::solver_step", _STEP, cpu.solver_step, _fake_step, ("CPU",)),
-        define("fastscore_native::normals", _NORMALS, cpu.normals, _fake_normals, ("CPU",)),
+        (define("fastscore_native::solver_step", _STEP, step, _fake_step, ("CPU",)), step),
+        (define("fastscore_native::normals", _NORMALS, draw, _fake_normals, ("CPU",)), draw),
     )
 
 
 def _register_triton() -> None:
     from fastscore_kernels.gpu import solver_step as gpu
 
+    step, draw = gpu.solver_step, gpu.normals
     _OPERATORS["triton"] = (
-        define_triton("fastscore_triton::solver_step", _STEP, gpu.solver_step, _fake_step),
-        define_triton("fastscore_triton::normals", _NORMALS, gpu.normals, _fake_normals),
+        (define_triton("fastscore_triton::solver_step", _STEP, step, _fake_step), step),
+        (define_triton("fastscore_triton::normals", _NORMALS, draw, _fake_normals), draw),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from fastscore_kernels import checks, cpu, reference
 from fastscore_kernels.backends import choose, provide
 from fastscore_kernels.registration import (
     batch,
+    call,
     define,
     define_triton,
     differentiate,
@@ -45,8 +47,9 @@ def tap_fuse(
         if tap is not None:
             _check_tap(name, tap, q)
     chosen = choose(backend, q)
-    run = reference.tap_fuse if chosen == "reference" else _OPERATORS[chosen]
-    return run(q, first, second, heads, spatial)
+    if chosen == "reference":
+        return reference.tap_fuse(q, first, second, heads, spatial)
+    return call(*_OPERATORS[chosen], q, first, second, heads, spatial)
 
 
 def _check_tap(name: str, tap: Tensor, q: Tensor) -> None:
@@ -71,14 +74,15 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(first), third
 
 
-_OPERATORS: dict[str, Any] = {}
+# a backend's operator and its kernel
+_OPERATORS: dict[str, tuple[Any, Callable]] = {}
 
 
 def _register_native() -> None:
     name, cpus = "fastscore_native::tap_fuse", ("CPU",)
     forward = define(name, _FORWARD, cpu.tap_fuse, _fake, cpus)
     backward = define(f"{name}_backward", _BACKWARD, cpu.tap_fuse_backward, _fake_backward, cpus)
-    _OPERATORS["native"] = _derive(forward, backward)
+    _OPERATORS["native"] = _derive(forward, backward), cpu.tap_fuse
 
 
 def _register_triton() -> None:
@@ -87,7 +91,7 @@ def _register_triton() -> None:
     name = "fastscore_triton::tap_fuse"
     forward = define_triton(name, _FORWARD, gpu.tap_fuse, _fake)
     backward = define_triton(f"{name}_backward", _BACKWARD, _gpu_backward, _fake_backward)
-    _OPERATORS["triton"] = _derive(forward, backward)
+    _OPERATORS["triton"] = _derive(forward, backward), gpu.tap_fuse
 
 
 def _derive(forward: Any, backward: Any) -> Any:

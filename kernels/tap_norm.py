@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from fastscore_kernels import checks, cpu, reference
 from fastscore_kernels.backends import choose, provide
 from fastscore_kernels.norm_act import backward_operator
-from fastscore_kernels.registration import batch, define, define_triton, differentiate
+from fastscore_kernels.registration import batch, call, define, define_triton, differentiate
 from torch import Tensor
 
 # a little above log 1e-30
@@ -50,17 +51,11 @@ def tap_norm(
         gradient_bias=gradient_bias,
     )
     chosen = choose(backend, feature)
-    run = reference.tap_norm if chosen == "reference" else _OPERATORS[chosen]
-    return run(
-        feature,
-        gradient,
-        groups,
-        feature_weight,
-        feature_bias,
-        gradient_weight,
-        gradient_bias,
-        eps,
-    )[:2]
+    parameters = feature_weight, feature_bias, gradient_weight, gradient_bias
+    args = (feature, gradient, groups, *parameters, eps)
+    if chosen == "reference":
+        return reference.tap_norm(*args)
+    return call(*_OPERATORS[chosen], *args)[:2]
 
 
 def check(op: str, feature: Tensor, gradient: Tensor, groups: int) -> None:
@@ -78,19 +73,20 @@ def _fake(feature: Tensor, gradient: Tensor, groups: int, *_: Any) -> tuple[Tens
     return taps, log_rms, feature.new_empty((b, groups, 4), dtype=torch.float32)
 
 
-_OPERATORS: dict[str, Any] = {}
+# a backend's operator and its kernel
+_OPERATORS: dict[str, tuple[Any, Callable]] = {}
 
 
 def _register_native() -> None:
     op = define("fastscore_native::tap_norm", _SCHEMA, cpu.tap_norm, _fake, ("CPU",))
-    _OPERATORS["native"] = _derive(op, backward_operator("native"))
+    _OPERATORS["native"] = _derive(op, backward_operator("native")), cpu.tap_norm
 
 
 def _register_triton() -> None:
     from fastscore_kernels.gpu import tap_norm as gpu
 
     op = define_triton("fastscore_triton::tap_norm", _SCHEMA, gpu.tap_norm, _fake)
-    _OPERATORS["triton"] = _derive(op, backward_operator("triton"))
+    _OPERATORS["triton"] = _derive(op, backward_operator("triton")), gpu.tap_norm
 
 
 def _derive(op: Any, pull_norm: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from fastscore_kernels import checks, cpu
 from fastscore_kernels.backends import choose, provide
-from fastscore_kernels.registration import define, define_triton, dense
+from fastscore_kernels.registration import call, define, define_triton, dense
 from fastscore_kernels.tap_fuse import tap_fuse
 from fastscore_kernels.tap_norm import check, tap_norm
 from torch import Tensor
@@ -71,9 +72,8 @@ def tap_path(
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if chosen == "reference" or wanted or torch._C._are_functorch_transforms_active():
         return composed(feature, gradient, norms, projections, groups, heads, spatial, eps, chosen)
-    return _OPERATORS[chosen](
-        feature, gradient, list(norms), list(projections), groups, heads, spatial, eps
-    )
+    rest = (list(norms), list(projections), groups, heads, spatial, eps)
+    return call(*_OPERATORS[chosen], feature, gradient, *rest)
 
 
 def composed(
@@ -127,16 +127,18 @@ def _fake(
     )
 
 
-_OPERATORS: dict[str, Any] = {}
+# a backend's operator and its kernel
+_OPERATORS: dict[str, tuple[Any, Callable]] = {}
 
 
 def _register_native() -> None:
     name = "fastscore_native::tap_path"
-    _OPERATORS["native"] = define(name, _SCHEMA, cpu.tap_path, _fake, ("CPU",))
+    _OPERATORS["native"] = define(name, _SCHEMA, cpu.tap_path, _fake, ("CPU",)), cpu.tap_path
 
 
 def _register_triton() -> None:
-    _OPERATORS["triton"] = define_triton("fastscore_triton::tap_path", _SCHEMA, _gpu, _fake)
+    op = define_triton("fastscore_triton::tap_path", _SCHEMA, _gpu, _fake)
+    _OPERATORS["triton"] = op, _gpu
 
 
 def _gpu(

@@ -18,6 +18,7 @@ from fastscore_kernels import (
     tap_norm,
     tap_path,
 )
+from fastscore_kernels.registration import direct
 from kernel_cases import native_or_skip
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -216,8 +217,8 @@ def test_vmap_over_cotangents_runs_once(monkeypatch):
     cotangents = torch.randn(3, *x.shape)
 
     expected = torch.stack([pull(c)[0] for c in cotangents])
-    called, call = [], cpu._call
-    monkeypatch.setattr(cpu, "_call", lambda *args: called.append(args[0]) or call(*args))
+    called, look_up = [], cpu._function
+    monkeypatch.setattr(cpu, "_function", lambda name: called.append(name) or look_up(name))
     actual = torch.func.vmap(pull)(cotangents)[0]
     assert called == ["fs_norm_act_backward"]
     assert_alike(actual, expected)
@@ -263,3 +264,31 @@ def test_normals_pass_opcheck():
 
 def _tuple(outputs: object) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def test_a_call_that_nobody_watches_skips_the_dispatcher():
+    native_or_skip()
+    x, weight = last(2, 12, 5, 3), torch.ones(12)
+    watched: list[tuple] = []
+    with _Recorder(watched):
+        expected = norm_act(x, 4, weight, weight, backend="native")
+    assert [str(op) for op, _ in watched] == ["fastscore_native.norm_act.default"]
+    assert direct((x, weight))
+    assert torch.equal(norm_act(x, 4, weight, weight, backend="native"), expected)
+    leaf = weight.clone().requires_grad_()
+    assert not direct((x, leaf))
+    with torch.no_grad():
+        assert direct((x, leaf))
+        with torch.profiler.profile() as profile:
+            assert not direct((x, leaf))
+            norm_act(x, 4, leaf, weight, backend="native")
+    assert "fastscore_native::norm_act" in {e.key for e in profile.key_averages()}
+    with _Recorder([]):
+        assert not direct((x, weight))
+    torch.func.vjp(lambda t: _no(direct((t, weight)), t), x)
+    torch.func.vmap(lambda t: _no(direct((t, weight)), t))(x)
+
+
+def _no(answer: bool, t: Tensor) -> Tensor:
+    assert not answer
+    return t
