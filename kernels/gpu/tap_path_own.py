@@ -168,8 +168,8 @@ def own_positions(
     block_c = power_of_two(sizes.channels)
     rule = {
         "block_m": 32 if full and narrow else 16,
-        # wide outputs leave fewer registers for weights on their way
-        "block_k": (32 if sizes.width > 128 else 64) if narrow else 16,
+        # as many channels at a time as ptxas finds registers for
+        "block_k": (64 if full and sizes.width <= 128 else 32) if narrow else 16,
         "warps": 8,
         # every program reads both taps: cheaper than a launch while they are small and all run
         "known": int(tap > _LONE_TAP or not at_once or block_c > 512),
