@@ -134,7 +134,7 @@ class Buffer {
 
 // what rounding to a dtype and working in fp32 may cost, relative to numbers of an order of one
 inline double tolerance(int dtype) {
-  return dtype == FS_F32 ? 5e-6 : dtype == FS_F16 ? 4e-3 : 3e-2;
+  return dtype == FS_F32 ? 2e-5 : dtype == FS_F16 ? 4e-3 : 3e-2;
 }
 
 }  // namespace check
