@@ -59,10 +59,11 @@ def plan_norm(op: str, x: Tensor, groups: int, rows: int) -> NormPlan:
         bundles = int(rows) * (groups // bundle)
         rule["splits"] = ceil_div(2 * device.multiprocessors, bundles)
     else:
-        rule = _whole_rule(positions, per_group * bundle, last)
-        if op == "norm_act_backward":
-            # two inputs and two sums an element: half as many elements a thread
-            rule["warps"] = min(16, 2 * rule["warps"])
+        # backward has two inputs and two sums an element: half as many elements a thread
+        backward = op == "norm_act_backward"
+        whole = _WHOLE // 2 if backward else _WHOLE
+        rule = _whole_rule(positions, per_group * bundle, last, whole)
+        rule["warps"] = min(16, rule["warps"] * (2 if backward else 1))
     rule["bundle"] = bundle
     return _checked(choose(op, device, _key(x, rows, groups), rule), channels, groups, positions)
 
@@ -126,9 +127,9 @@ def _split_rule(positions: int, channels: int, last: bool, tile: int = _TILE) ->
     return {"block_n": min(block_n, power_of_two(positions)), "warps": 4, "splits": 1}
 
 
-def _whole_rule(positions: int, channels: int, last: bool) -> dict[str, int]:
+def _whole_rule(positions: int, channels: int, last: bool, whole: int = _WHOLE) -> dict[str, int]:
     block_c, block_n = power_of_two(channels), power_of_two(positions)
-    if block_c * block_n > _WHOLE:
+    if block_c * block_n > whole:
         block_n = max(1, min(block_n, 2 * _TILE // block_c))
         if not last:
             block_n = min(power_of_two(positions), max(64, block_n))
