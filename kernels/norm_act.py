@@ -134,12 +134,12 @@ def norm_act_linearize(
     Frozen parameters: theirs are not computed. Arguments are checked once for both.
     """
     chosen = _prepare(x, groups, weight, bias, film, backend)
+    if chosen == "reference":
+        return reference.norm_act_linearize(x, weight, bias, film, groups, act, eps)
     y, stats = _forward(chosen, x, weight, bias, film, groups, act, eps)
 
     def pull(grad: Tensor) -> Tensor:
         _check_cotangent(grad, x)
-        if chosen == "reference":
-            return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act)[0]
         args = (_match(grad, x), x, stats, weight, bias, film, groups, act)
         if chosen == "native" and direct(args):
             return cpu.norm_act_pull(*args)

@@ -6,6 +6,8 @@ callers in ``norm_act``, ``tap_norm``, ``tap_fuse`` and ``solver_step``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,6 +85,51 @@ def norm_act_backward(
     )[0]
     sums = torch.stack((dz.sum(dim=(2, 3)), (dz * xhat).sum(dim=(2, 3))))
     return grad_x.to(x.dtype), sums
+
+
+def norm_act_linearize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    act: bool,
+    eps: float,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`norm_act` and its pull-back to x, by ATen's kernels on what the forward pass left."""
+    b, c, h, w = x.shape
+    rows, gain = wide(x), wide(weight)
+    y, mean, rstd = torch.native_group_norm(rows, gain, wide(bias), b, c, h * w, groups, eps)
+    scale = None
+    if film is not None:
+        scale, shift = wide(film)[:, :, None, None].chunk(2, dim=1)
+        scale = 1.0 + scale
+        y = y * scale + shift
+    z = y
+
+    def pull(grad: Tensor) -> Tensor:
+        copies = len(grad) // b
+        many = [t if copies == 1 or t is None else t.repeat(copies, 1, 1, 1) for t in (z, scale)]
+        dz = wide(grad)
+        if act:
+            dz = torch.ops.aten.silu_backward(dz, many[0])
+        if scale is not None:
+            dz = dz * many[1]
+        layout = torch.contiguous_format if rows.is_contiguous() else torch.channels_last
+        return torch.ops.aten.native_group_norm_backward(
+            dz.contiguous(memory_format=layout),
+            rows if copies == 1 else rows.repeat(copies, 1, 1, 1),
+            mean if copies == 1 else mean.repeat(copies, 1),
+            rstd if copies == 1 else rstd.repeat(copies, 1),
+            gain,
+            copies * b,
+            c,
+            h * w,
+            groups,
+            [True, False, False],
+        )[0].to(x.dtype)
+
+    return (F.silu(z) if act else z).to(x.dtype), pull
 
 
 def sample_rms(x: Tensor, floor: float = 1e-30) -> Tensor:
@@ -191,6 +238,7 @@ def solver_step(
 __all__ = [
     "norm_act",
     "norm_act_backward",
+    "norm_act_linearize",
     "sample_rms",
     "solver_step",
     "tap_fuse",
