@@ -87,20 +87,15 @@ def build(kind: str, tree: Path, out: Path, **env: str) -> Built:
     return Built(out / run.stdout.split()[-1], run.stdout + run.stderr, tree)
 
 
-def is_of_package(path: Path) -> bool:
-    """Whether an installation should have a file of the package folders."""
-    folder = path.relative_to(ROOT).parts[:2]
-    ours = path.is_file() and "__pycache__" not in path.parts
-    return ours and folder not in {("kernels", "native"), ("kernels", "lib")}
-
-
-def files_in_tree() -> set[str]:
-    """Every file of the packages as an installation should have it, but for the library."""
-    names = set()
+def files_of_packages(source: Path) -> dict[str, Path]:
+    """Every file of the packages by its name in an installation, but for the library."""
+    files = {}
     for folder, name in PACKAGES.items():
-        for path in filter(is_of_package, (ROOT / folder).rglob("*")):
-            names.add(f"{name}/{path.relative_to(ROOT / folder).as_posix()}")
-    return names
+        for path in filter(Path.is_file, (source / folder).rglob("*")):
+            parts = path.relative_to(source / folder).parts
+            if folder != "kernels" or parts[0] not in {"native", "lib"}:
+                files["/".join((name, *parts))] = path
+    return files
 
 
 def run_isolated(script: str, wheel: Built, folder: Path) -> str:
@@ -114,10 +109,9 @@ def run_isolated(script: str, wheel: Built, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    """The unpacked source distribution, in which an installer builds without our files."""
-    work = tmp_path_factory.mktemp("packaging")
-    source = work / "source"
+def source(tmp_path_factory) -> Path:
+    """A copy of this tree, as somebody clones it."""
+    source = tmp_path_factory.mktemp("packaging") / "source"
     for name in (*PACKAGES, "bench", "docs", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "lib")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
@@ -126,6 +120,13 @@ def tree(tmp_path_factory) -> Path:
     # left by somebody's build for another machine: nothing may take it along
     (source / "kernels" / "lib").mkdir()
     (source / "kernels" / "lib" / "libfastscore_native.so").write_bytes(b"stale")
+    return source
+
+
+@pytest.fixture(scope="module")
+def tree(source) -> Path:
+    """The unpacked source distribution, in which an installer builds without our files."""
+    work = source.parent
     archive = build("sdist", source, work).path
     with tarfile.open(archive) as sdist:
         sdist.extractall(work, filter="data")
@@ -148,32 +149,31 @@ def native(tree) -> Built:
     return build("wheel", tree, tree.parent, FASTSCORE_NATIVE="required")
 
 
-def test_source_distribution_holds_all_that_is_built(tree):
-    sources = [ROOT / "CMakeLists.txt", *(ROOT / "kernels" / "native").rglob("*")]
+def test_source_distribution_holds_all_that_is_built(source, tree):
+    sources = [source / "CMakeLists.txt", *(source / "kernels" / "native").rglob("*")]
     for path in filter(Path.is_file, sources):
-        copy = tree / path.relative_to(ROOT)
+        copy = tree / path.relative_to(source)
         assert copy.read_bytes() == path.read_bytes(), path
     assert (tree / "tests" / Path(__file__).name).is_file()
     stale = tree / "kernels" / "lib" / "libfastscore_native.so"
     assert not stale.exists() or stale.read_bytes() != b"stale"
 
 
-def assert_files(wheel: Built, libraries: int) -> None:
-    """All of the packages, as they are here, that many libraries, and nothing else."""
-    found = [name for name in wheel.files if LIBRARY.fullmatch(name)]
+def assert_files(wheel: Built, source: Path, libraries: int) -> None:
+    """All of the packages, as the sources have them, that many libraries, and nothing else."""
+    found = {name for name in wheel.files if LIBRARY.fullmatch(name)}
     assert len(found) == libraries
-    assert wheel.files - set(found) == files_in_tree()
+    expected = files_of_packages(source)
+    assert wheel.files - found == set(expected)
     with zipfile.ZipFile(wheel.path) as archive:
-        for name in wheel.files - set(found):
-            folder = "kernels" if name.startswith("fastscore_kernels/") else "fastscore"
-            path = ROOT / folder / name.partition("/")[2]
+        for name, path in expected.items():
             assert archive.read(name) == path.read_bytes(), name
 
 
 class TestWithoutCompiler:
-    def test_wheel_holds_all_of_the_packages_and_no_library(self, without):
+    def test_wheel_holds_all_of_the_packages_and_no_library(self, source, without):
         assert without.path.name == PURE
-        assert_files(without, libraries=0)
+        assert_files(without, source, libraries=0)
 
     def test_says_what_is_lost_and_how_to_get_it(self, without):
         assert "installed WITHOUT its native CPU kernels, whose build failed" in without.output
@@ -242,9 +242,9 @@ class TestChoice:
 
 @compiler
 class TestWithCompiler:
-    def test_wheel_holds_all_of_the_packages_and_one_library(self, native):
+    def test_wheel_holds_all_of_the_packages_and_one_library(self, source, native):
         assert re.fullmatch(re.escape(NAME) + r"-py3-none-(?!any)\w+\.whl", native.path.name)
-        assert_files(native, libraries=1)
+        assert_files(native, source, libraries=1)
 
     def test_library_loads_beside_torch(self, native, tmp_path):
         assert run_isolated(PROBLEM, native, tmp_path) == ""
