@@ -166,13 +166,15 @@ def own_positions(
     tap = sizes.channels * sizes.positions
     at_once = sizes.batch * ceil_div(sizes.positions, 16) <= cores
     block_c = power_of_two(sizes.channels)
+    # every program reads both taps: cheaper than a launch while they are small and all run
+    known = tap > _LONE_TAP or not at_once or block_c > 512
+    few = known and narrow and not full and sizes.width <= 128
     rule = {
         "block_m": 32 if full and narrow else 16,
         # as many channels at a time as ptxas finds registers for
         "block_k": (64 if full and sizes.width <= 128 else 32) if narrow else 16,
-        "warps": 8,
-        # every program reads both taps: cheaper than a launch while they are small and all run
-        "known": int(tap > _LONE_TAP or not at_once or block_c > 512),
+        "warps": 4 if few else 8,
+        "known": int(known),
         "stages": 2,
     }
     plan = plan_scale("tap_path_own", f, sizes, rule)
