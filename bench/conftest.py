@@ -96,12 +96,18 @@ def kernel(device) -> str:
 def compare(request, benchmark, device, kernel) -> Callable[..., None]:
     """Check implementations against the first, "eager", time them in turn, and keep the row."""
 
-    def run(problem: str, runs: dict[str, Run], tolerance: float, traffic: Traffic | None) -> None:
+    def run(
+        problem: str,
+        runs: dict[str, Run],
+        tolerance: float,
+        traffic: Traffic | None,
+        round_seconds: float = 2e-3,
+    ) -> None:
         with torch.no_grad():
             check_equal({name: f() for name, f in runs.items()}, tolerance)
             if device.type == "cuda":
                 runs = {name: _synchronised(f, device) for name, f in runs.items()}
-            timings = interleaved(runs, request.config.getoption("--rounds"))
+            timings = interleaved(runs, request.config.getoption("--rounds"), round_seconds)
             row = {
                 "problem": problem,
                 "us": {name: 1e6 * t.median for name, t in timings.items()},
