@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from fastscore_kernels import library
@@ -54,18 +55,16 @@ def _film(film: Tensor | None) -> tuple[Tensor | None, int | None, int, int]:
 
 
 def norm_act(
-    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, act: bool, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """Kernel of ``fastscore_native::norm_act``."""
     stats = torch.empty((2, x.shape[0], groups))
-    return _norm_act(x, weight, bias, film, groups, act, eps, stats.data_ptr()), stats
+    return _norm_act(x, weight, bias, film, groups, *rest, stats.data_ptr()), stats
 
 
-def norm_act_alone(
-    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, act: bool, eps: float
-) -> Tensor:
+def norm_act_alone(*args: Any) -> Tensor:
     """`norm_act` without statistics, which only its VJP needs."""
-    return _norm_act(x, weight, bias, film, groups, act, eps, None)
+    return _norm_act(*args, None)
 
 
 def _norm_act(
@@ -93,34 +92,15 @@ def _norm_act(
     return y
 
 
-def norm_act_backward(
-    grad: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    film: Tensor | None,
-    groups: int,
-    act: bool,
-) -> tuple[Tensor, Tensor]:
+def norm_act_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Kernel of ``fastscore_native::norm_act_backward``."""
     sums = torch.empty((2, grad.shape[0], grad.shape[1]))
-    pulled = _pull(grad, x, stats, weight, bias, film, groups, act, sums.data_ptr())
-    return pulled, sums
+    return _pull(grad, *args, sums.data_ptr()), sums
 
 
-def norm_act_pull(
-    grad: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    film: Tensor | None,
-    groups: int,
-    act: bool,
-) -> Tensor:
+def norm_act_pull(*args: Any) -> Tensor:
     """`norm_act_backward` without the sums, which only parameters need."""
-    return _pull(grad, x, stats, weight, bias, film, groups, act, None)
+    return _pull(*args, None)
 
 
 def _pull(

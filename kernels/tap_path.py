@@ -60,7 +60,7 @@ def tap_path(
 ) -> tuple[Tensor, Tensor]:
     """Normalise one scale's taps and fuse them: skip(taps) + out(tap_fuse(query, key_values)).
 
-    feature, gradient [B, C, H, W] of one dtype -> [B, W, H, W'] of that dtype and log RMS of the
+    feature, gradient [B, C, H, W] of one dtype -> [B, width, H, W] of that dtype and log RMS of the
     gradient [B] fp32. Where a derivative is wanted it is composed of `tap_norm`, convolutions and
     `tap_fuse`; otherwise native and triton run it as one operation. ValueError names the argument
     that does not fit, or what a backend that is not there needs.

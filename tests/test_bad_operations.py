@@ -18,7 +18,7 @@ from fastscore_kernels import (
     tap_norm,
     tap_path,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import native_or_skip
 
@@ -155,67 +155,127 @@ def test_limit_is_that_of_32_bit_indices():
     assert HUGE.numel() == 2**32 > checks.LIMIT == 2**31
 
 
-NUMBERS = st.integers(-3, 40)
-STRIDES = st.integers(-2, 200)
+SIZE = 1 << 15
+GUARD = 64
 
 
-@settings(max_examples=300, deadline=None)
+class Arguments:
+    """Random arguments of one C function; tensors lie in buffers of their own, between guards."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        # mostly one thing is wrong at a time, or nothing: more would be refused for the first
+        wrong = data.draw(
+            st.sampled_from(["nothing", "nothing", "sizes", "strides", "types", "pointers", "all"])
+        )
+        self.wrong = {"sizes", "strides", "types", "pointers"} if wrong == "all" else {wrong}
+        low = -2 if "sizes" in self.wrong else 1
+        self.batch, self.channels, self.positions = (self.number(low, 17) for _ in range(3))
+        self.parts = self.number(low, 9)
+        if "sizes" not in self.wrong:
+            self.parts = max(d for d in range(1, self.parts + 1) if self.channels % d == 0)
+        self.outputs: list[torch.Tensor] = []
+
+    def number(self, low: int, high: int) -> int:
+        return self.data.draw(st.integers(low, high))
+
+    def kind(self) -> int:
+        return self.number(-1, 3) if "types" in self.wrong else 0
+
+    def pointer(self, output: bool = False) -> int | None:
+        if "pointers" in self.wrong and self.number(0, 4) == 0:
+            return None
+        buffer = torch.full((SIZE + 2 * GUARD,), 7.0) if output else torch.randn(SIZE)
+        self.outputs.append(buffer)
+        return buffer.data_ptr() + (4 * GUARD if output else 0)
+
+    def tensor(self, wide: int = 1, axes: int = 3, output: bool = False) -> list[int | None]:
+        """Pointer and strides (batch, channel where ``axes`` is 3, position)."""
+        b, n, channels = self.batch, self.positions, self.channels * wide
+        strides = [channels * n, 1, channels]
+        if "strides" in self.wrong:
+            strides = [self.number(-2, 200) for _ in range(3)]
+        if axes == 2:
+            strides[1] = 1
+        sizes = (max(1, b), max(1, channels), max(1, n))
+        furthest = sum((k - 1) * abs(s) for k, s in zip(sizes, strides, strict=True))
+        if furthest >= SIZE // 2:
+            strides = [0, 1, 0]
+        return [self.pointer(output), strides[0], *([strides[1]] if axes == 3 else []), strides[2]]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.batch, self.channels, self.positions, self.parts]
+
+
+def _norm(a: Arguments) -> list:
+    film = [a.pointer(), 2 * a.channels, 0] if a.number(0, 1) else [None, 0, 0]
+    return [a.pointer(), a.pointer(), a.kind(), *film]
+
+
+def _answer(a: Arguments) -> list:
+    """raw, guidance and their type, and denoised: raw or denoised, rarely both or none."""
+    raw = a.number(0, 1)
+    both = "pointers" in a.wrong
+    given = a.pointer() if raw or both else None
+    return [
+        given,
+        a.pointer() if raw else None,
+        a.kind(),
+        None if raw and not both else a.pointer(),
+    ]
+
+
+FUZZED = {
+    "fs_norm_act": lambda a: [
+        *(*a.tensor(), *a.tensor(output=True), a.kind(), *_norm(a)),
+        *(a.pointer(True), a.pointer(True), *a.sizes, a.number(0, 1), 1e-5),
+    ],
+    "fs_norm_act_backward": lambda a: [
+        *(*a.tensor(), *a.tensor(), *a.tensor(output=True), a.kind(), *_norm(a)),
+        *(a.pointer(), a.pointer(), a.pointer(True)),
+        *(a.batch, a.number(1, 2), *a.sizes[1:], a.number(0, 1)),
+    ],
+    "fs_tap_norm": lambda a: [
+        *(*a.tensor(), *a.tensor(), *a.tensor(2, 2, output=True), a.kind()),
+        *(a.pointer(), a.pointer(), a.pointer(), a.pointer(), a.kind()),
+        *(a.pointer(True), a.pointer(True), *a.sizes, 1e-5),
+    ],
+    "fs_tap_fuse": lambda a: [
+        *(*a.tensor(axes=2), *a.tensor(2, 2), *a.tensor(2, 2), *a.tensor(1, 2, output=True)),
+        *(a.kind(), *a.sizes, a.number(0, 1)),
+    ],
+    "fs_tap_fuse_backward": lambda a: [
+        *(*a.tensor(axes=2), *a.tensor(axes=2), *a.tensor(2, 2), *a.tensor(2, 2)),
+        *(*a.tensor(1, 2, True), *a.tensor(2, 2, True), *a.tensor(2, 2, True)),
+        *(a.kind(), *a.sizes, a.number(0, 1)),
+    ],
+    "fs_solver_step": lambda a: [
+        *(a.pointer(), *_answer(a), a.pointer(), a.pointer()),
+        *(None, a.number(-1 if "sizes" in a.wrong else 0, 2), a.pointer(True), a.pointer(True)),
+        *(a.batch, a.channels * a.positions),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FUZZED)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_random_sizes_and_strides_never_crash_the_library(data):
-    """Whatever it says, it writes only where its arguments allow: canaries around the outputs."""
+def test_random_sizes_strides_and_types_never_crash_the_library(name, data):
+    """Whatever it answers, it writes nothing outside its outputs, and nothing when it refuses."""
     native_or_skip()
-    native = library.native()
-    size = 1 << 16
-    read = torch.randn(size)
-    written = torch.full((size + 256,), 7.0)
-    inside = written[128:-128]
-    batch, channels, positions, groups = (data.draw(NUMBERS) for _ in range(4))
-    x_strides, y_strides = ([data.draw(STRIDES) for _ in range(3)] for _ in range(2))
-    if data.draw(st.booleans()):
-        dense = [channels * positions, 1, channels]
-        x_strides = y_strides = dense
-    dtype, kind = data.draw(st.integers(-1, 4)), data.draw(st.integers(-1, 4))
-    stats = torch.zeros(2, 64, 64)
-    furthest = sum(
-        max(0, n - 1) * abs(s) for n, s in zip((batch, channels, positions), y_strides, strict=True)
-    )
-    code = (
-        native.fs_norm_act(
-            read.data_ptr() if data.draw(st.booleans()) else None,
-            *(max(0, s) for s in x_strides),
-            inside.data_ptr(),
-            *y_strides,
-            dtype,
-            read.data_ptr(),
-            read.data_ptr(),
-            kind,
-            None,
-            0,
-            0,
-            stats[0].data_ptr(),
-            stats[1].data_ptr(),
-            batch,
-            channels,
-            positions,
-            groups,
-            data.draw(st.integers(0, 1)),
-            1e-5,
-        )
-        if furthest < size // 2
-        and sum(
-            max(0, n - 1) * max(0, s)
-            for n, s in zip((batch, channels, positions), x_strides, strict=True)
-        )
-        < size
-        else 1
-    )
+    a = Arguments(data)
+    code = getattr(library.native(), name)(*FUZZED[name](a))
     assert code in (0, 1, 2, 3)
-    if code:
-        assert (inside == 7).all()
-    assert (written[:128] == 7).all()
-    assert (written[-128:] == 7).all()
-    if batch < 1 or channels < 1 or positions < 1 or groups < 1 or channels % max(1, groups):
+    if min(a.batch, a.channels, a.positions) < 1 or (
+        name != "fs_solver_step" and (a.parts < 1 or a.channels % a.parts)
+    ):
         assert code != 0
+    for buffer in a.outputs:
+        if len(buffer) > SIZE:
+            assert (buffer[:GUARD] == 7).all()
+            assert (buffer[-GUARD:] == 7).all()
+            assert code == 0 or (buffer == 7).all()
 
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 33), st.integers(1, 6), st.integers(1, 5))
