@@ -1,8 +1,9 @@
-"""Feature taps, gradient taps and the guidance gradient by functional vector-Jacobian products.
+"""Feature taps, gradient taps and the guidance gradient by vector-Jacobian products.
 
-One definition of the classifier serves all: no autograd graph is held, and the classifier's
-parameters receive no gradient. Nothing below the shallowest tap is differentiated unless guidance
-asks for it.
+Our classifier pulls cotangents back itself (`linearize_lower`, `linearize_upper`); for any other
+the products are derived by torch.func.vjp. Either way no autograd graph is held, the classifier's
+parameters receive no gradient, and nothing below the shallowest tap is differentiated unless
+guidance asks for it.
 """
 
 from __future__ import annotations

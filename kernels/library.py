@@ -18,7 +18,8 @@ ERRORS = {
     3: "an instruction set that this build or processor lacks",
 }
 REMEDY = (
-    "install a C++ compiler and reinstall fastscore (pip install --force-reinstall --no-deps .), "
+    "install a C++17 compiler and reinstall fastscore from its folder "
+    "(FASTSCORE_NATIVE=required pip install --force-reinstall --no-deps .), "
     "or use backend reference"
 )
 

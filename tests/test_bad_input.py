@@ -293,7 +293,11 @@ class TestInterruption:
         """The signal a terminal sends, to a process of its own."""
         command = [sys.executable, "-m", "fastscore", "sample", "yes", "--steps", "100000"]
         process = subprocess.Popen(
-            [*command, "--preset", str(preset), "--out", "a/b"], stderr=subprocess.PIPE, text=True
+            [*command, "--preset", str(preset), "--out", "a/b"],
+            stderr=subprocess.PIPE,
+            text=True,
+            # whatever runs the tests in the background may have had it ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         said = ""
         while "sampling" not in said:
