@@ -17,6 +17,10 @@ from torch import Tensor
 
 from fastscore import Pipeline
 
+# small tensors gain nothing from a second thread, and the threads' spinning costs the other core;
+# tests of threads choose their number themselves
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
