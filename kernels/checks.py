@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 # float64 is a yardstick: the reference alone computes in it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -17,12 +18,16 @@ def activation(op: str, name: str, t: Tensor, channels: int | None = None) -> No
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}; expected [B, C, H, W]")
     if channels is not None and t.shape[1] != channels:
         raise ValueError(f"{op}: {name} has {t.shape[1]} channels; expected {channels}")
-    floating(op, name, t)
-    extent(op, name, t)
+    # every call runs this: the questions first, the sentences apart
+    if t.dtype not in DTYPES:
+        floating(op, name, t)
+    compiling = is_compiling()
+    if t.numel() == 0 or (not compiling and t.numel() >= LIMIT):
+        extent(op, name, t)
     # kernels look again; here the layout of a traced or batched tensor is not settled yet
-    if torch.compiler.is_compiling() or batched(t):
+    if compiling or t.is_contiguous() or torch._C._functorch.is_batchedtensor(t):
         return
-    if not (t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)):
+    if not t.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
             f"{op}: {name} of shape {tuple(t.shape)} has strides {t.stride()}; expected a "
             "contiguous or channels-last tensor, which .contiguous() makes"
@@ -31,7 +36,7 @@ def activation(op: str, name: str, t: Tensor, channels: int | None = None) -> No
 
 def batched(t: Tensor) -> bool:
     """Whether torch.func.vmap has added a dimension to ``t``."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(t)
+    return not is_compiling() and torch._C._functorch.is_batchedtensor(t)
 
 
 def floating(op: str, name: str, t: Tensor) -> None:
@@ -48,7 +53,7 @@ def extent(op: str, name: str, t: Tensor) -> None:
             f"{op}: {name} of shape {tuple(t.shape)} is empty; expected at least one sample"
         )
     # a compiler would turn the bound into one on a dynamic batch
-    if not torch.compiler.is_compiling() and size >= LIMIT:
+    if not is_compiling() and size >= LIMIT:
         raise ValueError(
             f"{op}: {name} has {size} elements; expected fewer than 2^31, so split the batch"
         )
@@ -93,14 +98,11 @@ def parameter(op: str, name: str, p: Tensor, shape: tuple[int, ...], x: Tensor) 
 
 def parameters(op: str, x: Tensor, shape: tuple[int, ...], **named: Tensor) -> None:
     """Require parameters of one shape and one dtype."""
-    first = ""
+    first, kind = next(iter(named.items()))
     for name, p in named.items():
         parameter(op, name, p, shape, x)
-        first = first or name
-        if p.dtype != named[first].dtype:
-            raise ValueError(
-                f"{op}: {name} is {p.dtype}; expected that of {first}, {named[first].dtype}"
-            )
+        if p.dtype is not kind.dtype:
+            placed(op, name, p, first, kind)
 
 
 def dividing(op: str, name: str, count: int, channels: int) -> None:

@@ -163,7 +163,11 @@ def _check_parameters(
 ) -> None:
     channels = x.shape[1]
     checks.dividing("norm_act", "groups", groups, channels)
-    checks.parameters("norm_act", x, (channels,), weight=weight, bias=bias)
+    expected = (channels,)
+    checks.parameter("norm_act", "weight", weight, expected, x)
+    checks.parameter("norm_act", "bias", bias, expected, x)
+    if bias.dtype is not weight.dtype:
+        checks.placed("norm_act", "bias", bias, "weight", weight)
     if film is not None:
         checks.floating("norm_act", "film", film)
         checks.on_device("norm_act", "film", film, "x", x)

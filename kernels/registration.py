@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import is_compiling
 
 # one library a namespace: operators live as long as the library object
 _LIBRARIES: dict[str, torch.library.Library] = {}
@@ -64,7 +65,7 @@ def call(op: Any, kernel: Callable, *args: Any) -> Any:
 def direct(args: Sequence[Any]) -> bool:
     """Whether no gradient, transform, trace, dispatch mode or profiler wants to see a call."""
     if (
-        torch.compiler.is_compiling()
+        is_compiling()
         or type(args[0]) is not Tensor
         or _len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
