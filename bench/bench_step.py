@@ -110,3 +110,19 @@ def test_kernels_end_to_end(compare, device, kernel, preset, batch, guided):
     problem = f"step {preset} {batch} {'guided' if guided else 'unguided'}"
     # a sampler repeats one model: its weights stay in cache, as they do here within a round
     compare(problem, runs, 1e-4, None, round_seconds=0.2)
+
+
+def test_sampling_end_to_end(compare, device, kernel):
+    """A guided digit in 10 evaluations, noise and vocoder included, on both backends.
+
+    The answers compared are log-Mels: a sampler feeds every difference back into the next step.
+    """
+    runs = {}
+    for name, backend in (("eager", "reference"), (kernel, kernel)):
+        pipeline = Pipeline.from_pretrained("digits", device=device, backend=backend)
+        runs[name] = functools.partial(draw, pipeline)
+    compare("sampling digits 1, 10 guided evaluations", runs, 1e-3, None, round_seconds=0.5)
+
+
+def draw(pipeline: Pipeline) -> torch.Tensor:
+    return pipeline.sample("seven", steps=10).mels
