@@ -22,6 +22,14 @@ from torch.compiler import is_compiling
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
+def _library(name: str) -> torch.library.Library:
+    """The library of an operator's namespace, made when first asked for."""
+    namespace = name.partition("::")[0]
+    if namespace not in _LIBRARIES:
+        _LIBRARIES[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    return _LIBRARIES[namespace]
+
+
 def define(
     name: str, schema: str, implementation: Callable, fake: Callable, devices: Sequence[str]
 ) -> Any:
@@ -30,7 +38,7 @@ def define(
     Returns the operator.
     """
     namespace, _, short = name.partition("::")
-    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    library = _library(name)
     # outputs follow the inputs' strides, which a compiler must therefore keep
     library.define(short + schema, tags=(torch.Tag.needs_exact_strides,))
     for device in devices:
@@ -109,9 +117,8 @@ def differentiate(
                 return Differentiable.apply(*args)
         return Differentiable.apply(*args)
 
-    namespace, _, short = op._schema.name.partition("::")
-    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
-    library.impl(short, kernel, "Autograd", with_keyset=True)
+    short = op._schema.name.partition("::")[2]
+    _library(op._schema.name).impl(short, kernel, "Autograd", with_keyset=True)
 
 
 def once_differentiable(op: Any) -> None:
@@ -158,8 +165,7 @@ def batch(op: Any, per_sample: set[int], output_dims: Sequence[int]) -> None:
 
 def vectorise(op: Any, rule: Callable) -> None:
     """Register ``rule(info, in_dims, *args) -> (outputs, out_dims)`` for torch.func.vmap."""
-    namespace = op._schema.name.partition("::")[0]
-    torch.library.register_vmap(op._schema.name, rule, lib=_LIBRARIES.get(namespace))
+    torch.library.register_vmap(op._schema.name, rule, lib=_library(op._schema.name))
 
 
 def _fold(arg: Any, dim: int | None, size: int) -> Any:
