@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fastscore.classifier import Classifier
 from fastscore.config import MelSpace, SigmaRange
-from fastscore.solver import Parts
 from fastscore.subnet import ScoreSubnet
 from fastscore.taps import read_taps
+from fastscore.trajectory import Parts
 
 
 class Scalings(NamedTuple):

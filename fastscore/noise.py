@@ -84,11 +84,28 @@ class NoiseSource:
         # a copy: the caller may work in place
         return kept[1][step - first].clone()
 
-    def counters(self, step: int) -> Tensor:
-        """Counters [B, 3] int64 of a step's first draw: seed, sample number, step."""
-        if not 0 <= step < _WORD:
+    @classmethod
+    def over(cls, seeds: Tensor, samples: Tensor) -> NoiseSource:
+        """Noise of seeds and sample numbers [B] int64 that change in place, as buffers do.
+
+        Their range is not looked at: that would wait for the device.
+        """
+        source = cls.__new__(cls)
+        source.seeds, source.samples, source._kept = seeds, samples, {}
+        return source
+
+    def counters(self, step: int | Tensor) -> Tensor:
+        """Counters [B, 3] int64 of a step's first draw: seed, sample number, step.
+
+        ``step`` is a number, or a tensor of one on the seeds' device.
+        """
+        if isinstance(step, Tensor):
+            steps = step.expand_as(self.seeds)
+        elif 0 <= step < _WORD:
+            steps = torch.full_like(self.seeds, step)
+        else:
             raise ValueError(f"noise step {step} is not in 0 .. 2^32 - 1")
-        return torch.stack((self.seeds, self.samples, torch.full_like(self.seeds, step)), dim=1)
+        return torch.stack((self.seeds, self.samples, steps), dim=1)
 
     def block(self, steps: Sequence[int], shape: Sequence[int], draw: int = 0) -> Tensor:
         """Noise [S, B, ...] fp32 of several steps at once, the same bits as S single calls."""

@@ -25,6 +25,7 @@ class Step:
     pull: float
     pull_old: float = 0.0
     kick: float = 0.0
+    pull_older: float = 0.0
 
 
 Plan = tuple[Step, ...]

@@ -39,14 +39,13 @@ from fastscore.sde import (
 )
 from fastscore.solver import (
     Common,
-    Denoiser,
     Guidance,
-    Noise,
     Precision,
     Run,
     Sample,
     SamplingCancelledError,
 )
+from fastscore.trajectory import Denoiser, Noise
 
 __all__ = [
     "SAMPLERS",
@@ -138,15 +137,7 @@ def dpmpp_2m_sde(
 
 @torch.no_grad()
 def _follow(run: Run, plan: Plan) -> Sample:
-    x, old = run.x, None
-    for i, step in enumerate(plan[:-1]):
-        weights = (step.keep, step.pull, step.pull_old, step.kick)
-        following, x0 = run.advance(i, x, old, weights)
-        run.report(i, run.sigmas[i], x, x0)
-        x, old = following, x0
-    x0 = run.evaluate(x, run.sigmas[-2])
-    run.report(len(plan) - 1, run.sigmas[-2], x, x0)
-    return run.sample(x0)
+    return run.follow(plan)
 
 
 @dataclass(frozen=True)
@@ -301,7 +292,11 @@ SCHEDULES: dict[str, Callable[[int, float, float], tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """A named sampler: ``run(denoise, x, sigmas, **common) -> Sample``, its cost and schedule."""
+    """A named sampler: ``run(denoise, x, sigmas, **common) -> Sample``, its cost and schedule.
+
+    ``plan(sigmas, **options)`` is the plan that ``run`` follows, None where it is no plan of one
+    evaluation a step.
+    """
 
     name: str
     run: Callable[..., Sample]
@@ -309,6 +304,7 @@ class SamplerSpec:
     stochastic: bool
     schedule: str
     summary: str
+    plan: Callable[..., Plan] | None = None
 
     def nfe(self, steps: int) -> int:
         """Denoiser evaluations of ``steps`` steps: the last step, which denoises, takes one."""
@@ -316,25 +312,37 @@ class SamplerSpec:
 
 
 def _specs() -> Iterator[SamplerSpec]:
-    yield SamplerSpec("euler", euler, 1, False, "karras", "Euler on the ODE")
+    yield _planned("euler", euler, euler_plan, False, "Euler on the ODE")
     yield SamplerSpec("heun", heun, 2, False, "karras", "Heun on the ODE (EDM algorithm 1)")
     churned = functools.partial(heun, churn=Churn())
     yield SamplerSpec("heun_churn", churned, 2, True, "karras", "Heun with churn (EDM algorithm 2)")
-    yield SamplerSpec("euler_ancestral", euler_ancestral, 1, True, "karras", "ancestral (DDPM)")
-    yield SamplerSpec("dpmpp_2m", dpmpp_2m, 1, False, "karras", "DPM-Solver++(2M) on the ODE")
-    yield SamplerSpec(
-        "dpmpp_2m_sde", dpmpp_2m_sde, 1, True, "karras", "DPM-Solver++(2M) on the SDE"
+    yield _planned("euler_ancestral", euler_ancestral, ancestral_plan, True, "ancestral (DDPM)")
+    yield _planned("dpmpp_2m", dpmpp_2m, dpmpp_2m_plan, False, "DPM-Solver++(2M) on the ODE")
+    yield _planned(
+        "dpmpp_2m_sde", dpmpp_2m_sde, dpmpp_2m_sde_plan, True, "DPM-Solver++(2M) on the SDE"
     )
     # uniform in the time of each SDE; EDM, whose time is sigma, has its own spacing
     spacing = {"vp": "uniform_vp", "subvp": "uniform_subvp", "ve": "exponential", "edm": "karras"}
     for sde in (VP(), SubVP(), VE(), EDM()):
         run = functools.partial(euler_maruyama, sde=sde)
+        plan = functools.partial(euler_maruyama_plan, sde=sde)
         text = f"Euler-Maruyama on the reverse {sde.name} SDE"
-        yield SamplerSpec(f"em_{sde.name}", run, 1, True, spacing[sde.name], text)
+        yield _planned(f"em_{sde.name}", run, plan, True, text, spacing[sde.name])
     for sde in (VP(), SubVP(), VE(), EDM()):
         run = functools.partial(predictor_corrector, sde=sde)
         text = f"reverse-diffusion predictor and Langevin corrector, {sde.name}"
         yield SamplerSpec(f"pc_{sde.name}", run, 2, True, spacing[sde.name], text)
+
+
+def _planned(
+    name: str,
+    run: Callable[..., Sample],
+    plan: Callable[..., Plan],
+    stochastic: bool,
+    summary: str,
+    schedule: str = "karras",
+) -> SamplerSpec:
+    return SamplerSpec(name, run, 1, stochastic, schedule, summary, plan)
 
 
 SAMPLERS: dict[str, SamplerSpec] = {spec.name: spec for spec in _specs()}

@@ -1,7 +1,6 @@
-"""What every sampler shares: contracts of denoiser and noise, checked arguments, a run's state.
+"""What every sampler shares: checked arguments, the state of a run, its callback and its result.
 
-Knows a denoiser callable and nothing of what is behind it. Nothing here reads a device value once a
-run has begun.
+Knows a denoiser callable and nothing of what is behind it.
 """
 
 from __future__ import annotations
@@ -9,70 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
+from typing import Any, TypedDict
 
 import torch
-from fastscore_kernels import solver_step
 from torch import Tensor
 
 from fastscore.config import SigmaRange
-from fastscore.noise import INITIAL_STEP
+from fastscore.plans import Plan
 from fastscore.sde import check_sigmas
-
-
-class Denoiser(Protocol):
-    """``denoise(x [B, ...], sigma [B], label [B] int64 or None, gamma [B] or None) -> x0`` like x.
-
-    It must not write later into what it returned: multistep solvers look one answer back. An
-    attribute ``sigma_range: SigmaRange``, where there is one, bounds the schedules that samplers
-    accept.
-    """
-
-    def __call__(
-        self, x: Tensor, sigma: Tensor, label: Tensor | None, gamma: Tensor | None
-    ) -> Tensor:
-        """Denoised x0 [B, ...] of x [B, ...] at sigma [B]."""
-        ...
-
-
-class Parts(NamedTuple):
-    """A denoiser's answer before its last sum: x0 = c_skip x + c_out raw + weight guidance.
-
-    raw and guidance [B, ...] of one dtype, guidance None when unguided; the rest [B] fp32.
-    """
-
-    raw: Tensor
-    guidance: Tensor | None
-    c_skip: Tensor
-    c_out: Tensor
-    weight: Tensor
-
-
-@runtime_checkable
-class PartsDenoiser(Protocol):
-    """A denoiser that can leave its last sum to the solver, whose step then is one operation."""
-
-    def parts(self, x: Tensor, sigma: Tensor, label: Tensor | None, gamma: Tensor | None) -> Parts:
-        """What the answer at (x, sigma) is made of."""
-        ...
-
-
-@runtime_checkable
-class CountedNoise(Protocol):
-    """Noise that is a function of counters [B, 3] int64: seed, sample number and step."""
-
-    def counters(self, step: int) -> Tensor:
-        """The counters of a step, for `fastscore_kernels.solver_step`."""
-        ...
-
-
-class Noise(Protocol):
-    """``noise(step, shape, draw) -> N(0, 1) of shape``; `fastscore.noise.NoiseSource` is one."""
-
-    def __call__(self, step: int, shape: Sequence[int], draw: int = 0) -> Tensor:
-        """Noise of ``shape`` [B, ...]."""
-        ...
-
+from fastscore.trajectory import Denoiser, Noise, Setting, course, trajectory
 
 Callback = Callable[[int, float, Tensor, Tensor], Any]
 
@@ -156,85 +100,39 @@ class Run:
             raise ValueError("this sampler is stochastic; pass noise=NoiseSource(seeds)")
         self.trained: SigmaRange | None = getattr(denoise, "sigma_range", None)
         self.sigmas = check_sigmas(sigmas, self.trained)
-        self.label, self.gamma = check_guidance(guidance, x, precision.denoiser)
-        self.interval = guidance.interval
-        self.denoise, self.noise, self.callback, self.precision = (
-            denoise,
-            noise,
-            callback,
-            precision,
-        )
-        self.shape = x.shape
+        label, gamma = check_guidance(guidance, x, precision.denoiser)
+        self.setting = Setting(denoise, label, gamma, noise, precision.denoiser)
+        self.interval, self.callback, self.precision = guidance.interval, callback, precision
         self.x = x.to(precision.state)
         self.nfe = 0
 
     def guided(self, sigma: float) -> bool:
         """Whether the denoiser gets labels at this level."""
         low, high = self.interval
-        return self.label is not None and low < sigma <= high
+        return self.setting.label is not None and low < sigma <= high
 
     def evaluate(self, x: Tensor, sigma: float) -> Tensor:
         """Denoised x0 [B, ...] in the state's dtype; counts one evaluation."""
-        x0 = self.denoise(x.to(self.precision.denoiser), *self._conditions(x, sigma))
-        self._check_answer(x0, self.precision.denoiser)
+        level = torch.full((1,), sigma, dtype=self.precision.denoiser, device=x.device)
+        x0 = self.setting.evaluate(x, level, self.guided(sigma))
         self.nfe += 1
-        return x0.to(self.precision.state)
-
-    def advance(
-        self, step: int, x: Tensor, old: Tensor | None, weights: Sequence[float]
-    ) -> tuple[Tensor, Tensor]:
-        """Evaluate at level ``step`` and update: x' = keep x + pull x0 + pull_old old + kick z.
-
-        ``weights`` are (keep, pull, pull_old, kick) of `fastscore.plans.Step`; returns x' and x0.
-        In fp32 the update, its noise and the last sum of a denoiser that has `parts` are one
-        operation; products and sums are rounded one by one either way, so the bits are the same.
-        """
-        sigma, (keep, pull, pull_old, kick) = self.sigmas[step], weights
-        if not self._fusible(x, kick):
-            x0 = self.evaluate(x, sigma)
-            following = (x * keep).add_(x0 * pull)
-            if pull_old and old is not None:
-                following.add_(old * pull_old)
-            if kick:
-                following.add_(self.eps(step) * kick)
-            return following, x0
-        scalars = torch.tensor([weights], dtype=torch.float32, device=x.device)
-        update: dict[str, Any] = {"old": old if pull_old else None}
-        if kick:
-            assert isinstance(self.noise, CountedNoise)
-            update["counters"] = self.noise.counters(INITIAL_STEP + 1 + step).to(x.device)
-        if isinstance(self.denoise, PartsDenoiser):
-            parts = self.denoise.parts(x, *self._conditions(x, sigma))
-            self._check_answer(parts.raw, parts.raw.dtype)
-            self.nfe += 1
-            sums = torch.stack((parts.c_skip, parts.c_out, parts.weight), dim=1)
-            update |= {"raw": parts.raw, "guidance": parts.guidance}
-        else:
-            sums = scalars.new_zeros(len(x), 3)
-            update["denoised"] = self.evaluate(x, sigma)
-        coefficients = torch.cat((sums, scalars.expand(len(x), -1)), dim=1)
-        return solver_step(x, coefficients, **update)
-
-    def _fusible(self, x: Tensor, kick: float) -> bool:
-        single = self.precision.denoiser == x.dtype == torch.float32
-        return single and x.is_contiguous() and (not kick or isinstance(self.noise, CountedNoise))
-
-    def _conditions(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        level = torch.full((len(x),), sigma, dtype=self.precision.denoiser, device=x.device)
-        return level, *((self.label, self.gamma) if self.guided(sigma) else (None, None))
-
-    def _check_answer(self, answer: Tensor, kind: torch.dtype) -> None:
-        if answer.shape != self.shape or answer.dtype != kind:
-            raise ValueError(
-                f"the denoiser returned {answer.dtype} {tuple(answer.shape)} for {kind} "
-                f"{tuple(self.shape)}; it must keep shape and dtype"
-            )
+        return x0
 
     def eps(self, step: int, draw: int = 0) -> Tensor:
         """Fresh noise [B, ...] of a step, in the state's dtype."""
-        assert self.noise is not None
-        z = self.noise(INITIAL_STEP + 1 + step, self.shape, draw)
-        return z.to(device=self.x.device, dtype=self.precision.state)
+        return self.setting.eps(step, self.x, draw)
+
+    def follow(self, plan: Plan) -> Sample:
+        """The sample at the end of a plan of one evaluation a step."""
+        route = course(plan, self.sigmas, self.guided)
+        dtype = torch.promote_types(self.precision.state, self.precision.denoiser)
+
+        def watch(step: int, x: Tensor, x0: Tensor) -> None:
+            self.nfe += 1
+            self.report(step, self.sigmas[step], x, x0)
+
+        table = route.table(dtype).to(self.x.device)
+        return self.sample(trajectory(self.setting, route.kinds, table, self.x, watch))
 
     def report(self, step: int, sigma: float, x: Tensor, x0: Tensor) -> None:
         """Call the callback; SamplingCancelledError when it returns False."""

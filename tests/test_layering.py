@@ -72,8 +72,9 @@ fastscore_kernels.tap_path           torch kernels.backends kernels.checks kerne
 fastscore_kernels                    kernels.backends kernels.norm_act kernels.registration kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore_kernels.traffic             |
 fastscore.noise                      torch kernels |
-fastscore.solver                     torch .config .noise .sde kernels.solver_step |
-fastscore.samplers                   torch .config .noise .plans .sde .solver |
+fastscore.trajectory                 torch .noise .plans kernels.solver_step |
+fastscore.solver                     torch .config .plans .sde .trajectory |
+fastscore.samplers                   torch .config .noise .plans .sde .solver .trajectory |
 fastscore.checkpoint                 torch .files | safetensors
 fastscore.cache                      numpy tqdm |
 fastscore.folders                    .config | torchaudio
@@ -83,7 +84,7 @@ fastscore.layers                     torch kernels kernels.norm_act |
 fastscore.classifier                 torch .config .layers |
 fastscore.taps                       torch .classifier .layers |
 fastscore.subnet                     torch .config .layers kernels kernels.tap_fuse kernels.tap_norm kernels.tap_path |
-fastscore.denoiser                   torch .classifier .config .solver .subnet .taps |
+fastscore.denoiser                   torch .classifier .config .subnet .taps .trajectory |
 fastscore.vocoder.spectral           numpy torch .config |
 fastscore.vocoder.hifigan            torch .config |
 fastscore.vocoder.weightnorm         torch |

@@ -6,7 +6,7 @@ import torch
 from fastscore.config import SigmaRange
 from fastscore.noise import NoiseSource
 from fastscore.samplers import SAMPLERS, Guidance, initial_state, schedule_for
-from fastscore.solver import Parts
+from fastscore.trajectory import Parts
 
 RANGE = SigmaRange(0.01, 40.0)
 
