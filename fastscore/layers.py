@@ -99,27 +99,37 @@ class ResBlock(nn.Module):
 
 
 def linearize_conv(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pull]:
-    """A convolution's output and its pull-back to x."""
+    """A convolution's output and its pull-back to x, the transposed convolution.
+
+    The weight serves both as it lies, so nothing is flipped or copied at run time, and exporters
+    know the operation, which they do not of a convolution's backward pass.
+    """
+    y = conv(x)
+    # rows and columns that a stride left over: what the transposed convolution cannot know
+    padding = [
+        size - ((out - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
+        for size, out, stride, pad, dilation, kernel in zip(
+            *(x.shape[2:], y.shape[2:], conv.stride, conv.padding, conv.dilation),
+            conv.kernel_size,
+            strict=True,
+        )
+    ]
 
     def pull(grad: Tensor) -> Tensor:
-        # only its shape, dtype and layout are read; under autocast the convolution was narrower
-        like = x if len(grad) == len(x) else x.repeat(len(grad) // len(x), 1, 1, 1)
-        image = torch.ops.aten.convolution_backward(
+        image = F.conv_transpose2d(
             grad,
-            like.to(grad.dtype),
             conv.weight.to(grad.dtype),
             None,
             conv.stride,
             conv.padding,
-            conv.dilation,
-            False,
-            (0, 0),
+            padding,
             conv.groups,
-            (True, False, False),
-        )[0]
+            conv.dilation,
+        )
+        # under autocast the convolution was narrower
         return image.to(x.dtype)
 
-    return conv(x), pull
+    return y, pull
 
 
 def chain(pulls: Sequence[Pull]) -> Pull:
