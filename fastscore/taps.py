@@ -39,6 +39,8 @@ def read_taps(
     Gradient taps are g_l = d logsumexp(f) / d h_l = J_l^T softmax(f) (Grathwohl et al. 2020, JEM).
     With ``label`` [B] int64 the guidance gradient J_x^T (e_y - softmax(f)) is computed from the
     same forward pass, with respect to the scaled input; a label of -1 yields zero for its sample.
+    Both cotangents of all samples go back in one batched pass down to the shallowest tap, so
+    gradient taps of a guided batch are those of an unguided one up to rounding, not to the bit.
     """
     emb = classifier.embed(c_noise)
     own = hasattr(classifier, "linearize_lower") and hasattr(classifier, "linearize_upper")
@@ -54,15 +56,14 @@ def read_taps(
         h, pull_lower = lower(x, emb)
     logits, features, pull_upper = upper(h, emb)
     p = logits.float().softmax(dim=1)
-    gradients = pull_upper(p.to(logits.dtype))
-    guidance = None
-    if label is not None and pull_lower is not None:
-        classes = torch.arange(logits.shape[1], device=label.device)
-        cotangent = (classes == label[:, None]).float() - p
-        cotangent = cotangent * (label >= 0).float()[:, None]
-        # the shallowest tap carries the whole cotangent
-        guidance = pull_lower(pull_upper(cotangent.to(logits.dtype))[0])
-    return Taps(logits, features, gradients, guidance)
+    if label is None or pull_lower is None:
+        return Taps(logits, features, pull_upper(p.to(logits.dtype)), None)
+    classes = torch.arange(logits.shape[1], device=label.device)
+    chosen = ((classes == label[:, None]).float() - p) * (label >= 0).float()[:, None]
+    both = pull_upper(torch.cat((p, chosen)).to(logits.dtype))
+    b = x.shape[0]
+    # the shallowest tap carries the whole cotangent of the class
+    return Taps(logits, features, tuple(t[:b] for t in both), pull_lower(both[0][b:]))
 
 
 def _transform_lower(classifier: Classifier) -> Callable:
@@ -83,7 +84,13 @@ def _transform_upper(classifier: Classifier) -> Callable:
         logits, pull, features = torch.func.vjp(
             lambda *perturb: classifier.upper(h, emb, perturb), *zeros, has_aux=True
         )
-        return logits, features, pull
+
+        def pull_rows(grad: Tensor) -> tuple[Tensor, ...]:
+            # a pull-back of PyTorch's takes one cotangent of each sample
+            found = [pull(rows) for rows in grad.split(h.shape[0])]
+            return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+
+        return logits, features, pull_rows
 
     return linearize
 

@@ -62,7 +62,7 @@ def norm_act_backward(
     cotangent of what enters the activation and xhat = (x - mean) * rstd.
     """
     b, c, h, w = x.shape
-    copies = len(grad) // b
+    copies = grad.shape[0] // b
     rows = wide(x).repeat(copies, 1, 1, 1)
     mean, rstd = stats.repeat(1, copies, 1)
     spread = (copies * b, groups, c // groups, h * w)
@@ -108,7 +108,7 @@ def norm_act_linearize(
     z = y
 
     def pull(grad: Tensor) -> Tensor:
-        copies = len(grad) // b
+        copies = grad.shape[0] // b
         many = [t if copies == 1 or t is None else t.repeat(copies, 1, 1, 1) for t in (z, scale)]
         dz = wide(grad)
         if act:

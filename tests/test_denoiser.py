@@ -91,8 +91,8 @@ def test_guidance_acts_where_it_is_asked_for_only():
     plain = denoiser(x, sigma)
     guided = denoiser(x, sigma, LABEL, GAMMA)
     moved = (guided - plain).abs().amax(dim=(1, 2, 3))
-    # label -1 in slot 1, gamma 0 in slot 2
-    assert torch.equal(guided[1:3], plain[1:3])
+    # label -1 in slot 1, gamma 0 in slot 2; their gradient taps went back in a larger batch
+    assert (moved[1:3] <= 1e-5 * plain[1:3].abs().amax(dim=(1, 2, 3))).all()
     assert (moved[[0, 3]] > 1e-3 * (GAMMA * sigma.square())[[0, 3]]).all()
     twice = denoiser(x, sigma, LABEL, 2 * GAMMA)
     torch.testing.assert_close(twice - plain, 2 * (guided - plain), rtol=1e-4, atol=1e-4)
