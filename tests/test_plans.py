@@ -16,12 +16,14 @@ from fastscore.plans import (
     ancestral_plan,
     dpmpp_2m_plan,
     dpmpp_2m_sde_plan,
+    dpmpp_3m_sde_plan,
     euler_maruyama_plan,
     euler_plan,
     reverse_diffusion_plan,
 )
 from fastscore.samplers import (
     Precision,
+    Sample,
     dpmpp_2m,
     dpmpp_2m_sde,
     euler,
@@ -57,6 +59,22 @@ def moments(sampler, sigmas):
     x[1] += math.sqrt(VARIANCE + HIGH**2)
     out = sampler(gaussian, x, sigmas, noise=one_at_a_time, precision=DOUBLE).x[:, 0]
     return float(out[0]), float((out[1:] - out[0]).square().sum())
+
+
+def planned(make, **options):
+    """The sampler that follows a plan of ours for all three answers it may look at."""
+
+    def sampler(denoise, x, sigmas, noise, precision):
+        old = older = torch.zeros_like(x)
+        for i, (step, sigma) in enumerate(zip(make(sigmas, **options), sigmas[:-1], strict=True)):
+            x0 = denoise(x, torch.full((len(x),), sigma, dtype=torch.float64), None, None)
+            x = step.keep * x + step.pull * x0 + step.pull_old * old + step.pull_older * older
+            if step.kick:
+                x = x + step.kick * noise(i + 1, x.shape)
+            old, older = x0, old
+        return Sample(x, len(sigmas) - 1, sigmas)
+
+    return sampler
 
 
 def uniform(sde):
@@ -95,6 +113,10 @@ ancestral_predictor = functools.partial(reverse_diffusion, sde=VP(), predictor="
             functools.partial(dpmpp_2m_sde, solver="heun"), karras, 2, id="dpmpp-2m-sde-heun"
         ),
         pytest.param(functools.partial(dpmpp_2m_sde, eta=0.5), karras, 2, id="dpmpp-2m-sde-half"),
+        *(
+            pytest.param(planned(dpmpp_3m_sde_plan, eta=eta), karras, 2, id=f"dpmpp-3m-sde-{eta}")
+            for eta in (0.0, 0.5, 1.0)
+        ),
     ],
 )
 def test_weak_order(sampler, schedule, order):
@@ -111,12 +133,48 @@ def test_weak_order(sampler, schedule, order):
     assert means[-1] < 1e-12 or (np.log2(means[:-1] / means[1:]) > order - 0.08).all()
 
 
+def test_the_whole_parabola_is_worth_an_order():
+    """On the ODE: with half of it, as published, DPM-Solver++(3M) is of second order."""
+    errors = {}
+    for solver in ("published", "exact"):
+        sampler = planned(dpmpp_3m_sde_plan, eta=0.0, solver=solver)
+        errors[solver] = [abs(moments(sampler, karras(n))[1] - EXACT) for n in (65, 129)]
+    gain = {solver: math.log2(coarse / fine) for solver, (coarse, fine) in errors.items()}
+    assert gain["published"] < 2.1
+    assert gain["exact"] > 2.7
+    assert errors["exact"][1] < errors["published"][1] / 5
+
+
+def test_the_parabola_takes_its_exact_integral():
+    """x0 quadratic in lambda is followed without error once there are three answers."""
+    sigmas = exponential_sigmas(5, 0.5, 3.0)
+    levels = [-math.log(sigma) for sigma in sigmas[:-1]]
+
+    def answer(at):
+        return 0.3 - 1.1 * at + 0.8 * at * at
+
+    step = dpmpp_3m_sde_plan(sigmas, eta=0.0, solver="exact")[2]
+    moved = step.keep * 1.7 + step.pull * answer(levels[2])
+    moved += step.pull_old * answer(levels[1]) + step.pull_older * answer(levels[0])
+    # dx / dlambda = x0 - x from 1.7: the quadratic that solves it, and what decays
+    particular = [
+        value - (2 * 0.8 * at - 1.1) + 2 * 0.8 for at, value in ((t, answer(t)) for t in levels)
+    ]
+    expected = particular[3] + (1.7 - particular[2]) * sigmas[3] / sigmas[2]
+    assert moved == pytest.approx(expected, rel=1e-12)
+
+
 def test_noise_free_limits():
     sigmas = karras(12)
     assert ancestral_plan(sigmas, eta=0.0) == pytest.approx(euler_plan(sigmas))
     assert dpmpp_2m_sde_plan(sigmas, eta=0.0) == dpmpp_2m_plan(sigmas)
-    for step in (*ancestral_plan(sigmas, s_noise=0.0), *dpmpp_2m_sde_plan(sigmas, s_noise=0.0)):
-        assert step.kick == 0
+    for make in (ancestral_plan, dpmpp_2m_sde_plan, dpmpp_3m_sde_plan):
+        assert all(step.kick == 0 for step in make(sigmas, s_noise=0.0))
+    assert all(step.kick == 0 for step in dpmpp_3m_sde_plan(sigmas, eta=0.0))
+    # two steps and fewer know no parabola: the line of the second order
+    for solver in ("published", "exact"):
+        few = dpmpp_3m_sde_plan(sigmas[-4:], solver=solver)
+        assert few == dpmpp_2m_sde_plan(sigmas[-4:], solver="heun")
 
 
 def test_ancestral_draws_from_the_exact_posterior():
@@ -172,6 +230,9 @@ def test_euler_maruyama_is_one_explicit_step(sde):
         (lambda s: dpmpp_2m_sde_plan(s, eta=math.inf), "eta inf"),
         (lambda s: dpmpp_2m_sde_plan(s, s_noise=-1), "s_noise -1"),
         (lambda s: dpmpp_2m_sde_plan(s, solver="euler"), "choose midpoint or heun"),
+        (lambda s: dpmpp_3m_sde_plan(s, eta=-1), "eta -1"),
+        (lambda s: dpmpp_3m_sde_plan(s, s_noise=math.nan), "s_noise nan"),
+        (lambda s: dpmpp_3m_sde_plan(s, solver="heun"), "choose published or exact"),
     ],
 )
 def test_bad_plans(call, message):
