@@ -252,6 +252,29 @@ def uniform_sigmas(n: int, sigma_min: float, sigma_max: float, sde: SDE) -> tupl
     return _finish(levels, sigma_min, sigma_max)
 
 
+def cosine_sigmas(
+    n: int, sigma_min: float, sigma_max: float, offset: float = 0.008
+) -> tuple[float, ...]:
+    """n decreasing levels from sigma_max to sigma_min, uniform in t of the cosine schedule, then 0.
+
+    Nichol and Dhariwal 2021, eq. 17: 1 / (1 + sigma^2) = f(t) / f(0) with f(t) = cos^2 of
+    (t + offset) / (1 + offset) pi / 2. ValueError unless 0 <= offset < inf.
+    """
+    _check_schedule(n, sigma_min, sigma_max)
+    if not 0 <= offset < math.inf:
+        raise ValueError(
+            f"offset {offset} must be finite and not negative; Nichol and Dhariwal use 0.008"
+        )
+    first = offset / (1 + offset) * math.pi / 2  # the angle at t = 0, in which t is affine
+    high, low = (
+        math.acos(math.cos(first) / math.hypot(1, sigma)) for sigma in (sigma_max, sigma_min)
+    )
+    angles = [high + u * (low - high) for u in _ramp(n)]
+    # cos^2 a / cos^2 b - 1 without the cancellation of small levels
+    squares = [math.sin(a - first) * math.sin(a + first) / math.cos(a) ** 2 for a in angles]
+    return _finish([math.sqrt(max(0.0, q)) for q in squares], sigma_min, sigma_max)
+
+
 def check_sigmas(sigmas: Sequence[float], trained: SigmaRange | None = None) -> tuple[float, ...]:
     """``sigmas`` as floats; ValueError unless they fall strictly to 0 in the ``trained`` range."""
     levels = tuple(float(sigma) for sigma in sigmas)

@@ -14,6 +14,7 @@ from fastscore.sde import (
     VP,
     SubVP,
     check_sigmas,
+    cosine_sigmas,
     exponential_sigmas,
     karras_sigmas,
     uniform_sigmas,
@@ -162,6 +163,8 @@ def test_bad_processes(make):
 SCHEDULES = [
     karras_sigmas,
     exponential_sigmas,
+    cosine_sigmas,
+    lambda n, low, high: cosine_sigmas(n, low, high, offset=0.0),
     lambda n, low, high: uniform_sigmas(n, low, high, VP()),
     lambda n, low, high: uniform_sigmas(n, low, high, SubVP()),
     lambda n, low, high: uniform_sigmas(n, low, high, VE()),
@@ -193,6 +196,28 @@ def test_spacing_of_the_schedules():
     np.testing.assert_allclose(
         uniform_sigmas(9, 0.01, 40.0, VE()), exponential_sigmas(9, 0.01, 40.0), rtol=1e-12
     )
+
+
+def test_cosine_schedule_of_the_paper():
+    # betas of a thousand steps as in eq. 17 and what follows it, and the levels they lead to
+    steps = 1000
+    f = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps)]
+    betas = [1 - b / a for a, b in itertools.pairwise(f)]
+    alpha_bar = np.cumprod(1 - np.array(betas))
+    levels = np.sqrt(1 / alpha_bar - 1)[::-1]
+    ours = cosine_sigmas(steps - 1, levels[-1], levels[0])
+    np.testing.assert_allclose(ours[:-1], levels, rtol=1e-9)
+    # levels that round away beside 1 come back as they were asked for
+    assert cosine_sigmas(2, 1e-12, 40.0) == (40.0, 1e-12, 0.0)
+    # without an offset the level is the tangent of the angle
+    angles = np.arctan(cosine_sigmas(9, 0.01, 40.0, offset=0.0)[:-1])
+    assert np.ptp(np.diff(angles)) < 1e-12
+
+
+@pytest.mark.parametrize("offset", [-0.1, math.nan, math.inf])
+def test_bad_offset(offset):
+    with pytest.raises(ValueError, match=f"offset {offset} must be finite"):
+        cosine_sigmas(5, 0.01, 40.0, offset)
 
 
 @pytest.mark.parametrize("n", [0, -3, 2.0, True])
