@@ -109,18 +109,18 @@ def norm_act_linearize(
 
     def pull(grad: Tensor) -> Tensor:
         copies = grad.shape[0] // b
-        many = [t if copies == 1 or t is None else t.repeat(copies, 1, 1, 1) for t in (z, scale)]
         dz = wide(grad)
         if act:
-            dz = torch.ops.aten.silu_backward(dz, many[0])
+            dz = torch.ops.aten.silu_backward(dz, _repeat(z, copies))
         if scale is not None:
-            dz = dz * many[1]
+            dz = dz * _repeat(scale, copies)
+        # ATen's kernel takes both in one layout only, and says nothing when they differ
         layout = torch.contiguous_format if rows.is_contiguous() else torch.channels_last
         return torch.ops.aten.native_group_norm_backward(
             dz.contiguous(memory_format=layout),
-            rows if copies == 1 else rows.repeat(copies, 1, 1, 1),
-            mean if copies == 1 else mean.repeat(copies, 1),
-            rstd if copies == 1 else rstd.repeat(copies, 1),
+            _repeat(rows, copies).contiguous(memory_format=layout),
+            _repeat(mean, copies),
+            _repeat(rstd, copies),
             gain,
             copies * b,
             c,
@@ -130,6 +130,11 @@ def norm_act_linearize(
         )[0].to(x.dtype)
 
     return (F.silu(z) if act else z).to(x.dtype), pull
+
+
+def _repeat(t: Tensor, copies: int) -> Tensor:
+    """``copies`` of a batch one after the other, in its layout, which ``Tensor.repeat`` loses."""
+    return t if copies == 1 else torch.cat((t,) * copies)
 
 
 def sample_rms(x: Tensor, floor: float = 1e-30) -> Tensor:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastscore.classifier import Classifier
 from fastscore.config import ClassifierConfig
+from fastscore.layers import set_backend
 from fastscore.taps import Taps, read_taps
 
 LABEL_SETS = {
@@ -160,8 +161,11 @@ def test_own_derivatives_equal_the_transforms_of_pytorch(dtype, monkeypatch):
     assert_taps_close(actual, expected, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
-def test_two_cotangents_of_each_sample_go_back_in_one_pass():
-    classifier = small_classifier()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_two_cotangents_of_each_sample_go_back_in_one_pass(backend, layout):
+    classifier = small_classifier().to(memory_format=layout)
+    set_backend(classifier, backend)
     x, sigma = inputs(3)
     emb = classifier.embed(sigma.log() / 4)
     h, pull_lower = classifier.linearize_lower(x, emb)
