@@ -22,9 +22,11 @@ from fastscore.plans import (
     ancestral_plan,
     dpmpp_2m_plan,
     dpmpp_2m_sde_plan,
+    dpmpp_3m_sde_plan,
     euler_maruyama_plan,
     euler_plan,
     reverse_diffusion_plan,
+    unipc_plan,
 )
 from fastscore.sde import (
     EDM,
@@ -33,6 +35,7 @@ from fastscore.sde import (
     VP,
     SubVP,
     check_sigmas,
+    cosine_sigmas,
     exponential_sigmas,
     karras_sigmas,
     uniform_sigmas,
@@ -60,6 +63,7 @@ __all__ = [
     "SamplingCancelledError",
     "dpmpp_2m",
     "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
     "euler",
     "euler_ancestral",
     "euler_maruyama",
@@ -68,6 +72,7 @@ __all__ = [
     "predictor_corrector",
     "sampler_named",
     "schedule_for",
+    "unipc",
 ]
 
 
@@ -133,6 +138,38 @@ def dpmpp_2m_sde(
     """DPM-Solver++(2M) on the reverse SDE; see `fastscore.plans.dpmpp_2m_sde_plan`."""
     plan = dpmpp_2m_sde_plan(sigmas, eta, s_noise, solver)
     return _follow(Run(denoise, x, sigmas, eta > 0, **common), plan)
+
+
+def dpmpp_3m_sde(
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver: str = "published",
+    **common: Unpack[Common],
+) -> Sample:
+    """DPM-Solver++(3M) on the reverse SDE; see `fastscore.plans.dpmpp_3m_sde_plan`."""
+    plan = dpmpp_3m_sde_plan(sigmas, eta, s_noise, solver)
+    return _follow(Run(denoise, x, sigmas, eta > 0, **common), plan)
+
+
+def unipc(
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    order: int | None = None,
+    variant: str = "bh2",
+    **common: Unpack[Common],
+) -> Sample:
+    """UniPC, the predictor-corrector of one evaluation a step; see `fastscore.plans.unipc_plan`.
+
+    The x that a callback sees is the predicted state, at which the denoiser was asked.
+    """
+    plan = unipc_plan(sigmas, order, variant)
+    return _follow(Run(denoise, x, sigmas, False, **common), plan)
 
 
 @torch.no_grad()
@@ -285,6 +322,9 @@ def _square_norm(x: Tensor) -> Tensor:
 SCHEDULES: dict[str, Callable[[int, float, float], tuple[float, ...]]] = {
     "karras": karras_sigmas,
     "exponential": exponential_sigmas,
+    "vp_linear": functools.partial(uniform_sigmas, sde=VP()),
+    "cosine": cosine_sigmas,
+    # the earlier name of vp_linear
     "uniform_vp": functools.partial(uniform_sigmas, sde=VP()),
     "uniform_subvp": functools.partial(uniform_sigmas, sde=SubVP()),
 }
@@ -321,8 +361,12 @@ def _specs() -> Iterator[SamplerSpec]:
     yield _planned(
         "dpmpp_2m_sde", dpmpp_2m_sde, dpmpp_2m_sde_plan, True, "DPM-Solver++(2M) on the SDE"
     )
+    yield _planned(
+        "dpmpp_3m_sde", dpmpp_3m_sde, dpmpp_3m_sde_plan, True, "DPM-Solver++(3M) on the SDE"
+    )
+    yield _planned("unipc", unipc, unipc_plan, False, "UniPC on the ODE")
     # uniform in the time of each SDE; EDM, whose time is sigma, has its own spacing
-    spacing = {"vp": "uniform_vp", "subvp": "uniform_subvp", "ve": "exponential", "edm": "karras"}
+    spacing = {"vp": "vp_linear", "subvp": "uniform_subvp", "ve": "exponential", "edm": "karras"}
     for sde in (VP(), SubVP(), VE(), EDM()):
         run = functools.partial(euler_maruyama, sde=sde)
         plan = functools.partial(euler_maruyama_plan, sde=sde)

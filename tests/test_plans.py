@@ -23,14 +23,15 @@ from fastscore.plans import (
 )
 from fastscore.samplers import (
     Precision,
-    Sample,
     dpmpp_2m,
     dpmpp_2m_sde,
+    dpmpp_3m_sde,
     euler,
     euler_ancestral,
     euler_maruyama,
     heun,
     predictor_corrector,
+    unipc,
 )
 from fastscore.sde import EDM, VE, VP, SubVP, exponential_sigmas, karras_sigmas, uniform_sigmas
 
@@ -59,22 +60,6 @@ def moments(sampler, sigmas):
     x[1] += math.sqrt(VARIANCE + HIGH**2)
     out = sampler(gaussian, x, sigmas, noise=one_at_a_time, precision=DOUBLE).x[:, 0]
     return float(out[0]), float((out[1:] - out[0]).square().sum())
-
-
-def planned(make, **options):
-    """The sampler that follows a plan of ours for all three answers it may look at."""
-
-    def sampler(denoise, x, sigmas, noise, precision):
-        old = older = torch.zeros_like(x)
-        for i, (step, sigma) in enumerate(zip(make(sigmas, **options), sigmas[:-1], strict=True)):
-            x0 = denoise(x, torch.full((len(x),), sigma, dtype=torch.float64), None, None)
-            x = step.keep * x + step.pull * x0 + step.pull_old * old + step.pull_older * older
-            if step.kick:
-                x = x + step.kick * noise(i + 1, x.shape)
-            old, older = x0, old
-        return Sample(x, len(sigmas) - 1, sigmas)
-
-    return sampler
 
 
 def uniform(sde):
@@ -113,8 +98,12 @@ ancestral_predictor = functools.partial(reverse_diffusion, sde=VP(), predictor="
             functools.partial(dpmpp_2m_sde, solver="heun"), karras, 2, id="dpmpp-2m-sde-heun"
         ),
         pytest.param(functools.partial(dpmpp_2m_sde, eta=0.5), karras, 2, id="dpmpp-2m-sde-half"),
+        pytest.param(functools.partial(unipc, order=1), karras, 2, id="unipc-1"),
+        pytest.param(unipc, karras, 3, id="unipc-2"),
         *(
-            pytest.param(planned(dpmpp_3m_sde_plan, eta=eta), karras, 2, id=f"dpmpp-3m-sde-{eta}")
+            pytest.param(
+                functools.partial(dpmpp_3m_sde, eta=eta), karras, 2, id=f"dpmpp-3m-sde-{eta}"
+            )
             for eta in (0.0, 0.5, 1.0)
         ),
     ],
@@ -137,7 +126,7 @@ def test_the_whole_parabola_is_worth_an_order():
     """On the ODE: with half of it, as published, DPM-Solver++(3M) is of second order."""
     errors = {}
     for solver in ("published", "exact"):
-        sampler = planned(dpmpp_3m_sde_plan, eta=0.0, solver=solver)
+        sampler = functools.partial(dpmpp_3m_sde, eta=0.0, solver=solver)
         errors[solver] = [abs(moments(sampler, karras(n))[1] - EXACT) for n in (65, 129)]
     gain = {solver: math.log2(coarse / fine) for solver, (coarse, fine) in errors.items()}
     assert gain["published"] < 2.1

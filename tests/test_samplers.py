@@ -13,12 +13,14 @@ from fastscore.config import SigmaRange
 from fastscore.noise import NoiseSource
 from fastscore.samplers import (
     SAMPLERS,
+    SCHEDULES,
     Churn,
     Guidance,
     Precision,
     SamplingCancelledError,
     dpmpp_2m,
     dpmpp_2m_sde,
+    dpmpp_3m_sde,
     euler,
     euler_ancestral,
     euler_maruyama,
@@ -27,8 +29,9 @@ from fastscore.samplers import (
     predictor_corrector,
     sampler_named,
     schedule_for,
+    unipc,
 )
-from fastscore.sde import EDM, VE, VP, SubVP, karras_sigmas
+from fastscore.sde import EDM, VE, VP, SubVP, cosine_sigmas, karras_sigmas, uniform_sigmas
 
 DOUBLE = Precision(torch.float64, torch.float64)
 RANGE = SigmaRange(0.01, 40.0)
@@ -113,7 +116,16 @@ def check_moments(x, mixture, bias):
 
 @pytest.mark.parametrize(
     "name",
-    ["em_vp", "em_subvp", "em_ve", "em_edm", "euler_ancestral", "dpmpp_2m_sde", "heun_churn"],
+    [
+        "em_vp",
+        "em_subvp",
+        "em_ve",
+        "em_edm",
+        "euler_ancestral",
+        "dpmpp_2m_sde",
+        "dpmpp_3m_sde",
+        "heun_churn",
+    ],
 )
 def test_stochastic_samplers_draw_from_the_mixture(name):
     n = 4000
@@ -124,7 +136,9 @@ def test_stochastic_samplers_draw_from_the_mixture(name):
     check_moments(result.x.flatten(1).double(), MIXTURE, bias=0.06)
 
 
-@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "euler_ancestral", "em_vp", "heun"])
+@pytest.mark.parametrize(
+    "name", ["dpmpp_2m_sde", "dpmpp_3m_sde", "euler_ancestral", "em_vp", "heun", "unipc"]
+)
 def test_guided_samples_follow_the_posterior(name):
     n = 3000
     noise = NoiseSource(range(n))
@@ -356,6 +370,13 @@ def test_churn_stays_inside_the_trained_range():
 LABEL = torch.tensor([1, 2])
 
 
+def test_names_of_the_schedules():
+    levels = {name: make(9, 0.01, 40.0) for name, make in SCHEDULES.items()}
+    assert levels["uniform_vp"] == levels["vp_linear"] == uniform_sigmas(9, 0.01, 40.0, VP())
+    assert levels["cosine"] == cosine_sigmas(9, 0.01, 40.0)
+    assert len(set(levels.values())) == len(levels) - 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -396,6 +417,8 @@ def test_unfit_guidance(options, message):
         (lambda x: Churn(sigma_min=3.0, sigma_max=1.0), "churn sigma_min 3.0"),
         (lambda x: euler_ancestral(Plain(), x, (1.0, 0.0), eta=2.0), "eta 2.0"),
         (lambda x: dpmpp_2m_sde(Plain(), x, (1.0, 0.0)), "stochastic"),
+        (lambda x: dpmpp_3m_sde(Plain(), x, (1.0, 0.0)), "stochastic"),
+        (lambda x: unipc(Plain(), x, (1.0, 0.0), order=2), "1 step is below the order 2"),
         (lambda x: euler_maruyama(Plain(), x, (1.0, 0.5), sde=VP()), "append a 0"),
         (
             lambda x: predictor_corrector(Plain(), x, (1.0, 0.0), sde=VP(), predictor="ddim"),
@@ -409,7 +432,7 @@ def test_unfit_guidance(options, message):
         (lambda x: schedule_for("heun", 0, RANGE), "steps 0 must be a whole number"),
         (lambda x: schedule_for("heun", -5, RANGE), "steps -5"),
         (lambda x: schedule_for("heun", 2.5, RANGE), "steps 2.5"),
-        (lambda x: schedule_for("heun", 9, RANGE, schedule="cosine"), "choose one of karras"),
+        (lambda x: schedule_for("heun", 9, RANGE, schedule="linear"), "choose one of karras"),
         (lambda x: schedule_for("heun", 9, RANGE, sigma_max=80.0), "sigma 80 is outside"),
         (lambda x: schedule_for("em_vp", 9, SigmaRange(0.01, 900.0)), "vp: sigma 900 is above"),
     ],

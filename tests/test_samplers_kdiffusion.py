@@ -9,6 +9,7 @@ from fastscore.samplers import (
     Guidance,
     dpmpp_2m,
     dpmpp_2m_sde,
+    dpmpp_3m_sde,
     euler,
     euler_ancestral,
     heun,
@@ -149,6 +150,18 @@ def test_dpmpp_2m_sde(network, sigmas, noises, solver, eta, s_noise):
         solver_type=solver,
         noise_sampler=noises[0],
         **options,
+    )
+    check(result, theirs, 14)
+
+
+@pytest.mark.parametrize(("eta", "s_noise"), [(1.0, 1.0), (0.4, 1.01), (0.0, 1.0)])
+def test_dpmpp_3m_sde(network, sigmas, noises, eta, s_noise):
+    x = start()
+    options = {"eta": eta, "s_noise": s_noise}
+    guidance = Guidance(LABEL, GAMMA)
+    result = dpmpp_3m_sde(network, x, sigmas, guidance=guidance, noise=noises[1], **options)
+    theirs = theirs_of(
+        kd.sample_dpmpp_3m_sde, network, x, sigmas, noise_sampler=noises[0], **options
     )
     check(result, theirs, 14)
 
