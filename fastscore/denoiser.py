@@ -56,6 +56,11 @@ class TapDenoiser(nn.Module):
         self.space = space
         self.sigma_range = sigma
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What can be asked for, in the order of the classifier's outputs."""
+        return self.classifier.config.labels
+
     def train(self, mode: bool = True) -> TapDenoiser:
         """Switch ScoreSubnet only: the classifier is frozen and stays in evaluation mode."""
         super().train(mode)
@@ -74,14 +79,7 @@ class TapDenoiser(nn.Module):
         label [B] int64 (-1: this sample is unguided) and gamma [B] fp32 switch guidance on; both or
         neither are given.
         """
-        parts = self.parts(x, sigma, label, gamma)
-        c_skip, c_out, weight = (
-            c[:, None, None, None] for c in (parts.c_skip, parts.c_out, parts.weight)
-        )
-        denoised = c_skip * x + c_out * parts.raw.float()
-        if parts.guidance is not None:
-            denoised = denoised + weight * parts.guidance.float()
-        return denoised
+        return self.parts(x, sigma, label, gamma).total(x)
 
     def parts(
         self,

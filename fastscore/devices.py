@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
 # samples computed at once unless told otherwise: one at a time is heard soonest on a CPU
 BATCH_SIZES = {"cpu": 1, "cuda": 16}
+
+
+# what CUDA says of a device that will not come back; an error in a kernel takes the context with it
+_LOST = ("device-side assert", "illegal memory access", "device is unavailable", "launch failure")
+_LOST_TOO = ("unspecified launch", "uncorrectable ecc", "has fallen off the bus", "device lost")
+
+
+class DeviceLostError(RuntimeError):
+    """The device is gone for this process."""
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether an error says that the device cannot be used any more."""
+    text = str(error).lower()
+    return "cuda" in text and any(sign in text for sign in (*_LOST, *_LOST_TOO))
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -26,6 +43,40 @@ def usable_device(device: str | torch.device) -> torch.device:
                 "another"
             )
     return device
+
+
+# floating-point types of the network's products: fp32 exact to rounding, tf32 of 10 bits on a GPU's
+# tensor cores, bf16 of 8 bits with sums, statistics and the solver's state in fp32
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def check_precision(precision: str, device: torch.device) -> str:
+    """``precision`` where ``device`` offers it; ValueError otherwise."""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+        )
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision 'tf32' exists on CUDA devices, not on {device}; use 'fp32'")
+    return precision
+
+
+@contextlib.contextmanager
+def fp32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Let products of fp32 numbers on a GPU use TF32, or not, which PyTorch decides by itself."""
+    if device.type != "cuda":
+        yield
+        return
+    kind = "tf32" if tf32 else "ieee"
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = kind
+        yield
+    finally:
+        for switch, old in zip(switches, before, strict=True):
+            switch.fp32_precision = old
 
 
 class Clock:

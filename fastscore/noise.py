@@ -107,6 +107,13 @@ class NoiseSource:
             raise ValueError(f"noise step {step} is not in 0 .. 2^32 - 1")
         return torch.stack((self.seeds, self.samples, steps), dim=1)
 
+    def initial(self, shape: Sequence[int], backend: str | None = None) -> Tensor:
+        """Noise [B, ...] fp32 of the initial state; waits for no device."""
+        step = torch.full((1,), INITIAL_STEP, dtype=torch.int64, device=self.seeds.device)
+        size = math.prod(shape[1:])
+        drawn = normals(self.seeds, self.samples, step, size, backend=backend)
+        return drawn.reshape(tuple(shape))
+
     def block(self, steps: Sequence[int], shape: Sequence[int], draw: int = 0) -> Tensor:
         """Noise [S, B, ...] fp32 of several steps at once, the same bits as S single calls."""
         if not shape or shape[0] != len(self.seeds):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from fastscore_kernels import resolve
@@ -15,17 +16,18 @@ from torch import Tensor
 
 from fastscore.checkpoint import weights_hash
 from fastscore.classifier import Classifier
-from fastscore.config import MelSpace, SigmaRange, to_dict
+from fastscore.config import MelConfig, MelSpace, SigmaRange, to_dict
 from fastscore.denoiser import TapDenoiser
-from fastscore.devices import BATCH_SIZES, Clock, usable_device
+from fastscore.devices import BATCH_SIZES, check_precision, fp32_products, usable_device
+from fastscore.engine import BatchWatcher, Clips, Drawn, Engine, Model, Options, Task
 from fastscore.layers import set_backend
-from fastscore.noise import NoiseSource
 from fastscore.presets import Defaults, load_parts
 from fastscore.request import Labels, Request, Strengths, make_request, whole
 from fastscore.results import Result, save_result
-from fastscore.samplers import Guidance, Sample, initial_state
+from fastscore.samplers import SamplingCancelledError
+from fastscore.stats import Latencies, process_memory
 from fastscore.subnet import ScoreSubnet
-from fastscore.vocoder import Generator, vocode
+from fastscore.vocoder import Generator, render, vocode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where sampling stands after a solver step: ``done`` of ``total`` steps over all batches.
+    """Where sampling stands after a solver step: ``done`` of ``total`` steps over all samples.
 
     ``mels`` [count, n_mels, frames] fp32 are the log-Mels of the present batch as denoised at noise
     level ``sigma``; the first of them is sample number ``first``.
@@ -49,29 +51,40 @@ class Progress:
     mels: Tensor
 
 
-class Pipeline:
-    """Classifier, ScoreSubnet and vocoder that together sample, classify and vocode.
+class Setup(TypedDict, total=False):
+    """Keywords of every way to make a `Pipeline`; its docstring says what they mean."""
 
-    From a preset with ``from_pretrained``, or from modules: these are moved to ``device``, frozen
-    and put in evaluation mode. ``defaults`` says how ``sample`` behaves unless told otherwise;
-    ``batch_size`` None is 1 on a CPU and 16 on a GPU. ``backend`` names the implementation of the
-    fused operations, one of `fastscore_kernels.BACKENDS`; None takes the device's best. Raises
-    ValueError for a device or backend that is not there, or parts whose shapes differ.
+    device: str | torch.device
+    batch_size: int | None
+    backend: str | None
+    precision: str
+    engine: Options
+
+
+class Pipeline:
+    """A denoiser over a classifier's taps and a vocoder that together sample, classify and vocode.
+
+    ``denoiser`` and ``vocoder`` are moved to ``device``, frozen and put in evaluation mode where
+    they are modules. ``defaults`` says how ``sample`` behaves unless told otherwise. ``batch_size``
+    None is 1 on a CPU and 16 on a GPU. ``backend`` names the implementation of the fused
+    operations, one of `fastscore_kernels.BACKENDS`; None takes the device's best. ``precision`` is
+    one of `PRECISIONS`; ``engine`` says how batches are run. May be used from several threads,
+    which take turns. Raises ValueError for a device, backend or precision that is not there, or
+    parts whose shapes differ.
     """
 
     def __init__(
         self,
-        classifier: Classifier,
-        subnet: ScoreSubnet,
+        denoiser: TapDenoiser,
         vocoder: Generator,
         *,
-        space: MelSpace,
-        sigma: SigmaRange,
         defaults: Defaults | None = None,
+        name: str = "custom",
         device: str | torch.device = "cpu",
         batch_size: int | None = None,
         backend: str | None = None,
-        name: str = "custom",
+        precision: str = "fp32",
+        engine: Options = Options(),
     ) -> None:
         self.device = usable_device(device)
         self.name = name
@@ -79,53 +92,66 @@ class Pipeline:
         size = BATCH_SIZES[self.device.type] if batch_size is None else batch_size
         self.batch_size = whole("batch_size", size, 1)
         self.mel_config = vocoder.mel_config
-        config = classifier.config
-        if (config.n_mels, config.frames) != (self.mel_config.n_mels, space.frames):
-            raise ValueError(
-                f"the classifier reads {config.n_mels} bands x {config.frames} frames, but the "
-                f"vocoder inverts {self.mel_config.n_mels} bands and the space has {space.frames} "
-                "frames; use parts made for each other"
-            )
-        denoiser = TapDenoiser(classifier, subnet, space, sigma).eval().requires_grad_(False)
-        self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
+        _check_shapes(denoiser, self.mel_config)
+        self.precision = check_precision(precision, self.device)
         self.backend = resolve(backend, self.device.type)
+        denoiser = denoiser.eval().requires_grad_(False)
+        self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
+        if precision == "bf16":
+            from fastscore.denoiser import set_precision
+
+            set_precision(self.denoiser, "bf16")
         set_backend(self.denoiser, self.backend)
         self.vocoder = vocoder.eval().requires_grad_(False).to(self.device)
         self._front_end: LogMel | None = None
+        shape = (1, self.mel_config.n_mels, self.frames)
+        model = Model(self.denoiser, self._finish, shape, self.device, self.backend)
+        self.engine = Engine(model, engine)
+        self._latency = Latencies()
+
+    @classmethod
+    def from_parts(
+        cls,
+        classifier: Classifier,
+        subnet: ScoreSubnet,
+        vocoder: Generator,
+        *,
+        space: MelSpace,
+        sigma: SigmaRange,
+        defaults: Defaults | None = None,
+        name: str = "custom",
+        **setup: Unpack[Setup],
+    ) -> Pipeline:
+        """Pipeline of a classifier of your own, the ScoreSubnet trained on it and a vocoder."""
+        denoiser = TapDenoiser(classifier, subnet, space, sigma)
+        return cls(denoiser, vocoder, defaults=defaults, name=name, **setup)
 
     @classmethod
     def from_pretrained(
-        cls,
-        preset: str | os.PathLike[str] = "digits",
-        *,
-        device: str | torch.device = "cpu",
-        batch_size: int | None = None,
-        backend: str | None = None,
+        cls, preset: str | os.PathLike[str] = "digits", **setup: Unpack[Setup]
     ) -> Pipeline:
         """Pipeline from a preset in the package, by name, or from the folder of one, by path.
 
         Raises ValueError where a file is missing, damaged, of another kind, or does not belong to
         the others.
         """
-        resolve(backend, usable_device(device).type)
+        device = usable_device(setup.get("device", "cpu"))
+        resolve(setup.get("backend"), device.type)
+        check_precision(setup.get("precision", "fp32"), device)
         parts = load_parts(preset)
-        return cls(
-            parts.classifier,
-            parts.subnet,
-            parts.vocoder,
+        return cls.from_parts(
+            *(parts.classifier, parts.subnet, parts.vocoder),
             space=parts.space,
             sigma=parts.sigma,
             defaults=parts.defaults,
-            device=device,
-            batch_size=batch_size,
-            backend=backend,
             name=parts.folder.name,
+            **setup,
         )
 
     @property
     def labels(self) -> tuple[str, ...]:
         """What can be asked for, in the order of the classifier's outputs."""
-        return self.denoiser.classifier.config.labels
+        return self.denoiser.labels
 
     @property
     def sample_rate(self) -> int:
@@ -142,7 +168,6 @@ class Pipeline:
         """Default guidance strength gamma."""
         return self.defaults.guidance
 
-    @torch.no_grad()
     def sample(
         self,
         labels: Labels = None,
@@ -152,6 +177,7 @@ class Pipeline:
         steps: int | None = None,
         nfe: int | None = None,
         sampler: str | None = None,
+        schedule: str | None = None,
         interval: tuple[float, float] | None = None,
         seed: int = 0,
         first: int = 0,
@@ -165,9 +191,10 @@ class Pipeline:
         give one of them or neither. ``interval`` (low, high) guides at low < sigma <= high only.
         What is None is the preset's default.
 
-        Sample i depends on ``seed`` and its number ``first`` + i, never on the other samples:
-        ``sample(label, seed=s, first=i)`` draws it again, to the bit on the same machine with the
-        same ``batch_size``, up to which batches are filled.
+        Sample i depends on ``seed`` and its number ``first`` + i: ``sample(label, seed=s,
+        first=i)`` draws it again. To the bit so where samples are computed one by one, as they are
+        with a ``batch_size`` of 1 and by a deterministic engine; in batches the last bits depend on
+        the size of the batch and on what else is in it.
 
         ``callback`` gets a ``Progress`` after every step; returning False cancels with
         SamplingCancelledError. Raises ValueError for arguments out of range and an unknown label.
@@ -182,32 +209,27 @@ class Pipeline:
             steps=steps,
             nfe=nfe,
             sampler=sampler,
+            schedule=schedule,
             interval=interval,
             seed=seed,
             first=first,
             batch_size=self.batch_size if batch_size is None else batch_size,
         )
-        clock, seconds = Clock(self.device), {"sampling": 0.0, "vocoder": 0.0}
-        mels, waves, used = [], [], 0
-        for index, batch in enumerate(asked.batches):
-            drawn = self._draw(asked, index, callback)
-            used = drawn.nfe
-            mels.append(self._mels(drawn.x))
-            seconds["sampling"] += clock.lap()
-            waves.append(vocode(self.vocoder, mels[-1]))
-            _check_finite(waves[-1], asked)
-            mels[-1], waves[-1] = mels[-1][batch.kept].cpu(), waves[-1][batch.kept].cpu()
-            seconds["vocoder"] += clock.lap()
+        watch = callback and self._reporter(asked, callback)
+        drawn = self._draw(asked.task, asked.clips(), asked.batch_size, watch)
+        _, mels, waves, fine = drawn.outputs
+        if not fine.all():
+            raise ValueError(_diverged(asked, int(fine.int().argmin())))
         return Result(
-            waves=torch.cat(waves),
+            waves=waves,
             sample_rate=self.sample_rate,
-            mels=torch.cat(mels),
+            mels=mels,
             mel=self.mel_config,
             labels=tuple(None if k < 0 else self.labels[k] for k in asked.ids),
             guidance=tuple(asked.gammas),
-            nfe=used,
+            nfe=drawn.nfe,
             sampler=asked.spec.name,
-            seconds=seconds,
+            seconds=drawn.seconds,
             seed=asked.seed,
             first=asked.first,
         )
@@ -284,16 +306,41 @@ class Pipeline:
         """Write a result's waves, and mels.png with ``plot``, as `save_result` does."""
         return save_result(result, folder, plot)
 
-    def warm_up(self, batch_size: int | None = None) -> float:
-        """Take one guided and one unguided evaluation and vocode a Mel; the seconds they took.
+    def warmup(
+        self,
+        batch_sizes: Sequence[int] | None = None,
+        *,
+        steps: int | None = None,
+        guided: Sequence[bool] = (True, False),
+    ) -> dict[str, float]:
+        """Draw throw-away batches, so that nothing is compiled or captured later; what it took.
 
-        The first evaluation of a process loads parts of PyTorch; better here than in what is timed.
+        ``batch_sizes`` None is the pipeline's own; ``steps`` None is one step, or the preset's
+        where programs are recorded for a number of steps. Returns seconds in all, of compiling and
+        of recording, programs recorded and bytes their graphs hold.
         """
-        clock = Clock(self.device)
-        size = self.batch_size if batch_size is None else batch_size
-        for label in (self.labels[0], None):
-            self.sample([label] * size, steps=1, interval=(0.0, math.inf), batch_size=size)
-        return clock.lap()
+        asked = make_request(
+            self.defaults,
+            self.denoiser.sigma_range,
+            self.labels,
+            labels=self.labels[0],
+            steps=1 if steps is None and self.engine.options.mode != "graphs" else steps,
+            batch_size=self.batch_size,
+        )
+        with fp32_products(self.device, self.precision == "tf32"):
+            return self.engine.warm_up(asked.task, batch_sizes or (self.batch_size,), guided)
+
+    def stats(self) -> dict[str, Any]:
+        """JSON-ready counts of the engine, latency of ``sample`` in seconds, and memory in bytes."""
+        return {
+            **dataclasses.asdict(self.engine.stats()),
+            "latency": dataclasses.asdict(self._latency.summary()),
+            "memory": dataclasses.asdict(process_memory(self.device)),
+        }
+
+    def close(self) -> None:
+        """Let go of what the engine holds; sampling is over."""
+        self.engine.close()
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready provenance: preset, defaults, device, backend, sizes and hashes of weights."""
@@ -306,6 +353,8 @@ class Pipeline:
             "preset": self.name,
             "device": str(self.device),
             "backend": self.backend,
+            "precision": self.precision,
+            "engine": to_dict(self.engine.options),
             "batch_size": self.batch_size,
             "labels": list(self.labels),
             "defaults": to_dict(self.defaults),
@@ -325,63 +374,62 @@ class Pipeline:
             self._front_end = LogMel(self.mel_config)
         return self._front_end
 
-    def _draw(
-        self, asked: Request, index: int, callback: Callable[[Progress], Any] | None
-    ) -> Sample:
-        """Normalised log-Mels of one batch, its filling included, and the evaluations they took."""
-        rows = asked.batches[index].rows
-        noise = NoiseSource([asked.seed] * len(rows), [asked.first + row for row in rows])
-        shape = (len(rows), 1, self.mel_config.n_mels, self.frames)
-        drawn = asked.spec.run(
-            self.denoiser,
-            initial_state(noise, shape, asked.sigmas[0]).to(self.device),
-            asked.sigmas,
-            guidance=_guidance(asked, rows),
-            noise=noise,
-            callback=callback and self._reporter(asked, index, callback),
-            **asked.options,
-        )
-        _check_finite(drawn.x, asked)
+    @torch.no_grad()
+    def _draw(self, task: Task, clips: Clips, batch_size: int, watch: BatchWatcher | None) -> Drawn:
+        start = time.perf_counter()
+        with fp32_products(self.device, self.precision == "tf32"):
+            drawn = self.engine.draw(task, clips, max_batch=batch_size, watch=watch)
+        self._latency.add(time.perf_counter() - start)
         return drawn
+
+    def _finish(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Log-Mels, waves, and whether both are finite [B], of normalised Mels; waits for nothing.
+
+        x [B, 1, n_mels, frames].
+        """
+        mels = self._mels(x)
+        waves = render(self.vocoder, mels)
+        fine = torch.isfinite(x).flatten(1).all(1) & torch.isfinite(waves).all(1)
+        return mels, waves, fine
 
     def _mels(self, x: Tensor) -> Tensor:
         """Log-Mels [B, n_mels, frames] of normalised ones [B, 1, n_mels, frames]."""
         space = self.denoiser.space
         return (x[:, 0] * space.std + space.mean).clamp_min(self.mel_config.log_min)
 
-    def _reporter(
-        self, asked: Request, index: int, callback: Callable[[Progress], Any]
-    ) -> Callable[[int, float, Tensor, Tensor], Any]:
-        steps, batches = len(asked.sigmas) - 1, asked.batches
-        rows, kept = batches[index]
+    def _reporter(self, asked: Request, callback: Callable[[Progress], Any]) -> BatchWatcher:
+        steps, clips = len(asked.sigmas) - 1, len(asked.ids)
+        done = 0
 
-        def report(step: int, sigma: float, x: Tensor, x0: Tensor) -> Any:
-            return callback(
-                Progress(
-                    done=index * steps + step + 1,
-                    total=steps * len(batches),
-                    first=asked.first + rows[kept.start],
-                    step=step,
-                    sigma=sigma,
-                    mels=self._mels(x0[kept]),
-                )
+        def report(start: int, count: int, step: int, x: Tensor, x0: Tensor) -> None:
+            nonlocal done
+            done += count
+            progress = Progress(
+                done=done,
+                total=steps * clips,
+                first=asked.first + start,
+                step=step,
+                sigma=asked.sigmas[step],
+                mels=self._mels(x0),
             )
+            if callback(progress) is False:
+                raise SamplingCancelledError(step, asked.spec.nfe(step + 1))
 
         return report
 
 
-def _check_finite(values: Tensor, asked: Request) -> None:
-    if not torch.isfinite(values).all():
+def _check_shapes(denoiser: TapDenoiser, mel: MelConfig) -> None:
+    config, frames = denoiser.classifier.config, denoiser.space.frames
+    if (config.n_mels, config.frames) != (mel.n_mels, frames):
         raise ValueError(
-            f"sampling diverged at guidance {max(asked.gammas):g} with {asked.spec.name} and "
-            f"{len(asked.sigmas) - 1} steps; lower the guidance or take more steps"
+            f"the classifier reads {config.n_mels} bands x {config.frames} frames, but the vocoder "
+            f"inverts {mel.n_mels} bands and the space has {frames} frames; use parts made for "
+            "each other"
         )
 
 
-def _guidance(asked: Request, rows: Sequence[int]) -> Guidance:
-    """Guidance of one batch; none at all, which is cheaper, where no sample is guided."""
-    gammas = [asked.gammas[row] for row in rows]
-    ids = [asked.ids[row] if gamma > 0 else -1 for row, gamma in zip(rows, gammas, strict=True)]
-    if max(ids) < 0:
-        return Guidance()
-    return Guidance(torch.tensor(ids), torch.tensor(gammas), asked.interval)
+def _diverged(asked: Request, index: int) -> str:
+    return (
+        f"sample {asked.first + index} diverged at guidance {asked.gammas[index]:g} with "
+        f"{asked.spec.name} and {len(asked.sigmas) - 1} steps; lower the guidance or take more steps"
+    )

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from fastscore.config import SigmaRange
+from fastscore.engine import Clips, Task
 from fastscore.noise import seed_tensor
 from fastscore.presets import Defaults, check_interval
 from fastscore.samplers import SamplerSpec, sampler_named, schedule_for
@@ -20,13 +21,6 @@ Strengths = float | Sequence[float] | Tensor | None
 
 # numbers of samples that share a seed, as `fastscore.noise` counts them
 _NUMBERS = 2**32
-
-
-class Batch(NamedTuple):
-    """Row of the request in every slot of a batch; ``kept`` slots count, others only fill it up."""
-
-    rows: list[int]
-    kept: slice
 
 
 @dataclass(frozen=True)
@@ -44,20 +38,21 @@ class Request:
     batch_size: int
 
     @property
-    def batches(self) -> list[Batch]:
-        """Batches of one size, in which sample ``number`` has slot ``number % batch_size``.
+    def task(self) -> Task:
+        """How the engine is to draw."""
+        return Task(self.spec, self.sigmas, self.options, self.interval)
 
-        Which matrix kernel computes a row, and so its last bits, may depend on a batch's size and
-        on the row's slot, but not on the other rows.
-        """
-        size, numbers = self.batch_size, range(self.first, self.first + len(self.ids))
-        found = []
-        for start in range(self.first // size * size, numbers.stop, size):
-            kept = range(max(start, numbers.start), min(start + size, numbers.stop))
-            slots = range(start, start + size)
-            rows = [min(max(k, kept[0]), kept[-1]) - self.first for k in slots]
-            found.append(Batch(rows, slice(kept.start - start, kept.stop - start)))
-        return found
+    def clips(self, known: Tensor | None = None, mask: Tensor | None = None) -> Clips:
+        """What the engine is to draw; without a label or without strength a clip is unguided."""
+        strong = zip(self.ids, self.gammas, strict=True)
+        return Clips(
+            labels=[label if gamma > 0 else -1 for label, gamma in strong],
+            gammas=self.gammas,
+            seeds=[self.seed] * len(self.ids),
+            numbers=list(range(self.first, self.first + len(self.ids))),
+            known=known,
+            mask=mask,
+        )
 
 
 def make_request(
@@ -66,15 +61,16 @@ def make_request(
     known: Sequence[str],
     *,
     labels: Labels,
-    n: int | None,
-    guidance: Strengths,
-    steps: int | None,
-    nfe: int | None,
-    sampler: str | None,
-    interval: tuple[float, float] | None,
-    seed: int,
-    first: int,
     batch_size: int,
+    n: int | None = None,
+    guidance: Strengths = None,
+    steps: int | None = None,
+    nfe: int | None = None,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    interval: tuple[float, float] | None = None,
+    seed: int = 0,
+    first: int = 0,
 ) -> Request:
     """Arguments of ``Pipeline.sample`` with the defaults filled in; ValueError for one unfit."""
     spec = sampler_named(defaults.sampler if sampler is None else sampler)
@@ -83,7 +79,7 @@ def make_request(
         spec,
         _evaluations(spec, defaults, steps, nfe),
         trained,
-        schedule=defaults.schedule if own else None,
+        schedule=defaults.schedule if own and schedule is None else schedule,
         sigma_min=defaults.sigma_min,
         sigma_max=defaults.sigma_max,
     )

@@ -46,6 +46,14 @@ class Parts(NamedTuple):
     c_out: Tensor
     weight: Tensor
 
+    def total(self, x: Tensor) -> Tensor:
+        """x0 [B, ...] fp32 of x [B, ...]."""
+        shape = (-1, *[1] * (x.ndim - 1))
+        denoised = self.c_skip.view(shape) * x + self.c_out.view(shape) * self.raw.float()
+        if self.guidance is not None:
+            denoised = denoised + self.weight.view(shape) * self.guidance.float()
+        return denoised
+
 
 @runtime_checkable
 class PartsDenoiser(Protocol):

@@ -151,7 +151,7 @@ class TestPresets:
         parts = pipe.denoiser
         options = {"space": MelSpace(frames=32), "sigma": parts.sigma_range}
         with pytest.raises(ValueError, match="24 frames"):
-            Pipeline(parts.classifier, parts.subnet, pipe.vocoder, **options)
+            Pipeline.from_parts(parts.classifier, parts.subnet, pipe.vocoder, **options)
 
     def test_architectures_that_do_not_exist(self, refused):
         assert "choose one of tiny, paper" in refused("info", "--model", "huge")

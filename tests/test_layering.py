@@ -96,9 +96,19 @@ fastscore.cost                       torch .denoiser .layers |
 fastscore.plot                       torch .config | matplotlib .files
 fastscore.results                    torch .config | .audio .plot
 fastscore.presets                    .checkpoint .classifier .config .samplers .subnet .vocoder |
-fastscore.request                    torch .config .noise .presets .samplers |
+fastscore.engine.recorders           torch |
+fastscore.engine.programs            torch .engine.recorders |
+fastscore.engine.compiled            torch .trajectory |
+fastscore.engine.batches             torch |
+fastscore.engine.runners             torch .engine.programs .engine.recorders .inpaint .noise .samplers .solver .trajectory |
+fastscore.engine.core                torch .devices .engine.batches .engine.compiled .engine.programs .engine.recorders .engine.runners |
+fastscore.engine                     .engine.batches .engine.core .engine.recorders .engine.runners |
+fastscore.request                    torch .config .engine .noise .presets .samplers |
 fastscore.hearing                    torch .audio .vocoder | numpy
-fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .layers .noise .presets .request .results .samplers .subnet .vocoder kernels | numpy .audio .hearing
+fastscore.stats                      | torch
+fastscore.batching                   .stats | torch
+fastscore.stream                     .batching .request .stats |
+fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .layers .presets .request .results .samplers .stats .subnet .vocoder kernels | numpy .audio .hearing
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |
@@ -275,7 +285,7 @@ FORBIDDEN = {
     "fastscore.sde": {"torch"},
     "fastscore.plans": {"torch"},
     "fastscore.samplers": MODELS | {"fastscore.checkpoint", "torchaudio"},
-    "fastscore.engine": MODELS | {"fastscore_kernels", "fastscore.vocoder"},
+    "fastscore.engine": MODELS | {"fastscore.checkpoint", "fastscore.vocoder"},
     "fastscore.taps": {"fastscore.subnet", "fastscore.denoiser"},
     "fastscore.subnet": {"fastscore.classifier", "fastscore.taps"},
     "fastscore.audio": MODELS | {"fastscore_kernels"},

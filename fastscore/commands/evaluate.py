@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     )
     roots = args.data or _named_by_environment()
     pipeline = load_pipeline(args, args.batch_size)
-    pipeline.warm_up()
+    pipeline.warmup()
     report = evaluate(pipeline, roots, settings, args.out, args.cache_dir)
     print(report.to_text())
     if args.out is not None:

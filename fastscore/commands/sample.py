@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         watch.lap("import")
         pipeline = load_pipeline(args, args.batch_size)
         watch.lap("load")
-        pipeline.warm_up()
+        pipeline.warmup()
         watch.lap("warm-up")
         with Bar("sampling", enabled=not args.quiet) as bar:
             result = pipeline.sample(

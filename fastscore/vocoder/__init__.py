@@ -36,6 +36,7 @@ __all__ = [
     "read_torchscript",
     "read_upstream",
     "receptive_frames",
+    "render",
     "require_mel",
     "save_vocoder",
     "vocode",
@@ -117,6 +118,12 @@ def vocode(generator: Generator, mel: Tensor) -> Tensor:
         )
     if not torch.isfinite(mel).all():
         raise ValueError("the Mel holds NaN or infinite values")
+    return render(generator, mel)
+
+
+@torch.no_grad()
+def render(generator: Generator, mel: Tensor) -> Tensor:
+    """`vocode` of a Mel that is known to fit: nothing here waits for the device."""
     if isinstance(generator, HifiGanGenerator):
         return vocode_in_chunks(generator, mel.float())
     return generator(mel.float())
