@@ -10,6 +10,7 @@ learn corrections to it.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,13 @@ from fastscore.config import MelConfig, SpectralVocoderConfig
 # gains beyond e^8 relative to the Mel's level are never wanted and would overflow half precision
 _MAX_LOG_GAIN = 8.0
 _NOISE_TABLE = 1 << 16
+
+
+class Spectrum(NamedTuple):
+    """Real and imaginary part of a short-time spectrum, each [B, L, bins]."""
+
+    real: Tensor
+    imag: Tensor
 
 
 class ConvNeXtBlock(nn.Module):
@@ -145,7 +153,7 @@ class SpectralGenerator(nn.Module):
         hiss = self._spectrum(noise)
         x = self.blocks(self.embed(self._features(mel)).transpose(1, 2))
         x = self.up(x).unflatten(-1, (self.upsample, -1)).flatten(1, 2)
-        x = x + self.source(torch.cat([harmonic.real, harmonic.imag], dim=-1))
+        x = x + self.source(torch.cat(harmonic, dim=-1))
         y = self.out(self.norm(self.fine_blocks(x))).float()
         gain, turn, noise_gain, angle, free = y.unflatten(-1, (5, self.bins)).unbind(dim=-2)
         level = self._level(mel)
@@ -155,7 +163,7 @@ class SpectralGenerator(nn.Module):
         a, b = gain * turn.cos(), gain * turn.sin()
         real = a * harmonic.real - b * harmonic.imag + noise_gain * hiss.real + free * angle.cos()
         imag = a * harmonic.imag + b * harmonic.real + noise_gain * hiss.imag + free * angle.sin()
-        return self._invert(torch.complex(real, imag))
+        return self._invert(Spectrum(real, imag))
 
     @property
     def _margin(self) -> int:
@@ -187,14 +195,23 @@ class SpectralGenerator(nn.Module):
         # the highest harmonic fades in, or a gliding pitch would click each time one appears
         return kernel + (count - whole) * ((whole + 1) * theta).cos()
 
-    def _spectrum(self, wave: Tensor) -> Tensor:
+    def _spectrum(self, wave: Tensor) -> Spectrum:
         frames = wave.unfold(-1, self.config.n_fft, self.config.hop_length)
-        return torch.fft.rfft(frames * self.window) / math.sqrt(self.config.n_fft)
+        return self._transform(frames * self.window)
 
-    def _invert(self, spectrum: Tensor) -> Tensor:
+    # these two are all that knows complex numbers: what is exported has others in their place
+
+    def _transform(self, frames: Tensor) -> Spectrum:
+        spectrum = torch.fft.rfft(frames) / math.sqrt(self.config.n_fft)
+        return Spectrum(spectrum.real, spectrum.imag)
+
+    def _transform_back(self, spectrum: Spectrum) -> Tensor:
+        return torch.fft.irfft(torch.complex(*spectrum), self.config.n_fft)
+
+    def _invert(self, spectrum: Spectrum) -> Tensor:
         """Weighted overlap-add without torch.istft, which synchronises and cannot be captured."""
         n, hop = self.config.n_fft, self.config.hop_length
-        frames = torch.fft.irfft(spectrum, n) * self.window * math.sqrt(n)
+        frames = self._transform_back(spectrum) * self.window * math.sqrt(n)
         weight = (self.window**2).expand(1, frames.shape[1], n)
         wave = _overlap_add(frames, hop) / _overlap_add(weight, hop).clamp_min(1e-6)
         return wave[:, self._margin : wave.shape[1] - self._margin]
