@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from fastscore_kernels import resolve
@@ -16,23 +16,18 @@ from torch import Tensor
 
 from fastscore.checkpoint import weights_hash
 from fastscore.classifier import Classifier
-from fastscore.config import MelConfig, MelSpace, SigmaRange, to_dict
+from fastscore.config import MelSpace, SigmaRange, to_dict
 from fastscore.denoiser import TapDenoiser
 from fastscore.devices import BATCH_SIZES, check_precision, fp32_products, usable_device
 from fastscore.engine import BatchWatcher, Clips, Drawn, Engine, Model, Options, Task
-from fastscore.layers import set_backend
 from fastscore.presets import Defaults, load_parts
 from fastscore.request import Labels, Request, Strengths, make_request, whole
 from fastscore.results import Result, save_result
 from fastscore.samplers import SamplingCancelledError
 from fastscore.stats import Latencies, process_memory
 from fastscore.subnet import ScoreSubnet
-from fastscore.vocoder import Generator, render, vocode
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from fastscore.audio import LogMel
+from fastscore.vocoder import Generator
+from fastscore.voice import Voice
 
 
 @dataclass(frozen=True)
@@ -58,10 +53,10 @@ class Setup(TypedDict, total=False):
     batch_size: int | None
     backend: str | None
     precision: str
-    engine: Options
+    engine: Options | None
 
 
-class Pipeline:
+class Pipeline(Voice):
     """A denoiser over a classifier's taps and a vocoder that together sample, classify and vocode.
 
     ``denoiser`` and ``vocoder`` are moved to ``device``, frozen and put in evaluation mode where
@@ -84,29 +79,16 @@ class Pipeline:
         batch_size: int | None = None,
         backend: str | None = None,
         precision: str = "fp32",
-        engine: Options = Options(),
+        engine: Options | None = None,
     ) -> None:
-        self.device = usable_device(device)
+        super().__init__(denoiser, vocoder, device, backend, precision)
         self.name = name
         self.defaults = defaults or Defaults()
         size = BATCH_SIZES[self.device.type] if batch_size is None else batch_size
         self.batch_size = whole("batch_size", size, 1)
-        self.mel_config = vocoder.mel_config
-        _check_shapes(denoiser, self.mel_config)
-        self.precision = check_precision(precision, self.device)
-        self.backend = resolve(backend, self.device.type)
-        denoiser = denoiser.eval().requires_grad_(False)
-        self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
-        if precision == "bf16":
-            from fastscore.denoiser import set_precision
-
-            set_precision(self.denoiser, "bf16")
-        set_backend(self.denoiser, self.backend)
-        self.vocoder = vocoder.eval().requires_grad_(False).to(self.device)
-        self._front_end: LogMel | None = None
         shape = (1, self.mel_config.n_mels, self.frames)
-        model = Model(self.denoiser, self._finish, shape, self.device, self.backend)
-        self.engine = Engine(model, engine)
+        model = Model(self.denoiser, self.finish, shape, self.device, self.backend)
+        self.engine = Engine(model, engine or Options())
         self._latency = Latencies()
 
     @classmethod
@@ -147,21 +129,6 @@ class Pipeline:
             name=parts.folder.name,
             **setup,
         )
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What can be asked for, in the order of the classifier's outputs."""
-        return self.denoiser.labels
-
-    @property
-    def sample_rate(self) -> int:
-        """Sample rate of the waveforms, Hz."""
-        return self.mel_config.sample_rate
-
-    @property
-    def frames(self) -> int:
-        """Mel frames of a sample."""
-        return self.denoiser.space.frames
 
     @property
     def guidance(self) -> float:
@@ -234,72 +201,6 @@ class Pipeline:
             first=asked.first,
         )
 
-    @torch.no_grad()
-    def classify(
-        self, audio: Tensor | np.ndarray | str | os.PathLike[str], sample_rate: int | None = None
-    ) -> dict[str, float]:
-        """Probability of every label, likeliest first, of a wav, flac or ogg file or a wave.
-
-        A wave is [samples], full scale 1, at ``sample_rate`` Hz (None: the pipeline's). It is
-        resampled and brought to the length of a sample: zeros around it, or its loudest window. The
-        classifier hears it at the lowest noise level of its training. Raises ValueError for files
-        as ``fastscore.audio.load_audio`` does and for silence, NaN or another shape.
-        """
-        from fastscore.audio import fit_length
-        from fastscore.hearing import read_wave
-
-        wave = read_wave(audio, sample_rate, self.sample_rate)
-        wave = fit_length(wave, self.frames * self.mel_config.hop_length)
-        p = self.probabilities(self.front_end(wave)[None].to(self.device))[0].tolist()
-        order = sorted(range(len(p)), key=p.__getitem__, reverse=True)
-        return {self.labels[i]: p[i] for i in order}
-
-    @torch.no_grad()
-    def probabilities(self, mels: Tensor) -> Tensor:
-        """Probabilities [B, K] fp32, in the order of ``labels``, of log-Mels [B, n_mels, frames].
-
-        Raises ValueError for another shape.
-        """
-        shape = (self.mel_config.n_mels, self.frames)
-        if mels.ndim != 3 or tuple(mels.shape[1:]) != shape:
-            raise ValueError(
-                f"the Mels have shape {tuple(mels.shape)}; [batch, {shape[0]}, {shape[1]}] is "
-                "needed"
-            )
-        space = self.denoiser.space
-        x = ((mels.to(self.device).float() - space.mean) / space.std)[:, None]
-        sigma = torch.full((len(x),), self.denoiser.sigma_range.min, device=self.device)
-        return self.denoiser.class_logits(x, sigma).softmax(dim=1)
-
-    def guide_labels(self, mels: Tensor) -> Tensor:
-        """Index of the likeliest label, int64 [B], of log-Mels [B, n_mels, frames]."""
-        return self.probabilities(mels).argmax(dim=1).cpu()
-
-    @torch.no_grad()
-    def vocode(self, mels: Tensor) -> Tensor:
-        """Waves [B, T * hop] fp32 of natural-log Mels [B, n_mels, T], T any number of frames."""
-        if mels.ndim != 3 or not len(mels):
-            raise ValueError(
-                f"the Mels have shape {tuple(mels.shape)}; [batch, bands, frames] is needed"
-            )
-        waves = []
-        for part in mels.to(self.device).split(self.batch_size):
-            # filled up, so that a wave does not depend on how many others there are
-            missing = self.batch_size - len(part)
-            full = torch.cat([part, part[-1:].expand(missing, -1, -1)])
-            waves.append(vocode(self.vocoder, full)[: len(part)].cpu())
-        return torch.cat(waves)
-
-    @torch.no_grad()
-    def vocode_file(self, path: str | os.PathLike[str]) -> Tensor:
-        """Copy-synthesis: wave [samples] fp32 at ``sample_rate`` of a wav, flac or ogg file's Mel.
-
-        Raises ValueError as ``classify`` does.
-        """
-        from fastscore.hearing import copy_synthesis, read_wave
-
-        return copy_synthesis(self.vocoder, read_wave(path, None, self.sample_rate), self.front_end)
-
     def save(
         self, result: Result, folder: str | os.PathLike[str], plot: bool = False
     ) -> list[Path]:
@@ -331,7 +232,7 @@ class Pipeline:
             return self.engine.warm_up(asked.task, batch_sizes or (self.batch_size,), guided)
 
     def stats(self) -> dict[str, Any]:
-        """JSON-ready counts of the engine, latency of ``sample`` in seconds, and memory in bytes."""
+        """JSON-ready: counts of the engine, latency of ``sample`` in seconds, memory in bytes."""
         return {
             **dataclasses.asdict(self.engine.stats()),
             "latency": dataclasses.asdict(self._latency.summary()),
@@ -365,15 +266,6 @@ class Pipeline:
             "hashes": {k: weights_hash(m) for k, m in parts.items()},
         }
 
-    @property
-    def front_end(self) -> LogMel:
-        """Log-Mel transform of the pipeline, on the CPU."""
-        if self._front_end is None:
-            from fastscore.audio import LogMel
-
-            self._front_end = LogMel(self.mel_config)
-        return self._front_end
-
     @torch.no_grad()
     def _draw(self, task: Task, clips: Clips, batch_size: int, watch: BatchWatcher | None) -> Drawn:
         start = time.perf_counter()
@@ -381,21 +273,6 @@ class Pipeline:
             drawn = self.engine.draw(task, clips, max_batch=batch_size, watch=watch)
         self._latency.add(time.perf_counter() - start)
         return drawn
-
-    def _finish(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Log-Mels, waves, and whether both are finite [B], of normalised Mels; waits for nothing.
-
-        x [B, 1, n_mels, frames].
-        """
-        mels = self._mels(x)
-        waves = render(self.vocoder, mels)
-        fine = torch.isfinite(x).flatten(1).all(1) & torch.isfinite(waves).all(1)
-        return mels, waves, fine
-
-    def _mels(self, x: Tensor) -> Tensor:
-        """Log-Mels [B, n_mels, frames] of normalised ones [B, 1, n_mels, frames]."""
-        space = self.denoiser.space
-        return (x[:, 0] * space.std + space.mean).clamp_min(self.mel_config.log_min)
 
     def _reporter(self, asked: Request, callback: Callable[[Progress], Any]) -> BatchWatcher:
         steps, clips = len(asked.sigmas) - 1, len(asked.ids)
@@ -410,7 +287,7 @@ class Pipeline:
                 first=asked.first + start,
                 step=step,
                 sigma=asked.sigmas[step],
-                mels=self._mels(x0),
+                mels=self.mels(x0),
             )
             if callback(progress) is False:
                 raise SamplingCancelledError(step, asked.spec.nfe(step + 1))
@@ -418,18 +295,9 @@ class Pipeline:
         return report
 
 
-def _check_shapes(denoiser: TapDenoiser, mel: MelConfig) -> None:
-    config, frames = denoiser.classifier.config, denoiser.space.frames
-    if (config.n_mels, config.frames) != (mel.n_mels, frames):
-        raise ValueError(
-            f"the classifier reads {config.n_mels} bands x {config.frames} frames, but the vocoder "
-            f"inverts {mel.n_mels} bands and the space has {frames} frames; use parts made for "
-            "each other"
-        )
-
-
 def _diverged(asked: Request, index: int) -> str:
     return (
         f"sample {asked.first + index} diverged at guidance {asked.gammas[index]:g} with "
-        f"{asked.spec.name} and {len(asked.sigmas) - 1} steps; lower the guidance or take more steps"
+        f"{asked.spec.name} and {len(asked.sigmas) - 1} steps; lower the guidance or take more "
+        "steps"
     )

@@ -108,7 +108,8 @@ fastscore.hearing                    torch .audio .vocoder | numpy
 fastscore.stats                      | torch
 fastscore.batching                   .stats | torch
 fastscore.stream                     .batching .request .stats |
-fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .layers .presets .request .results .samplers .stats .subnet .vocoder kernels | numpy .audio .hearing
+fastscore.voice                      torch .config .denoiser .devices .layers .vocoder kernels | numpy .audio .hearing
+fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .presets .request .results .samplers .stats .subnet .vocoder .voice kernels |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |
