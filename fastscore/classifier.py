@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig
-from fastscore.layers import NoiseEmbedding, NormAct, Pull, ResBlock, chain, linearize_conv
+from fastscore.layers import Conv2d, NoiseEmbedding, NormAct, Pull, ResBlock, chain
 
 # cotangents of the logits to cotangents of all taps, shallowest first
 PullTaps = Callable[[Tensor], tuple[Tensor, ...]]
@@ -22,7 +22,7 @@ class Stage(nn.Module):
         super().__init__()
         width = config.channels[index]
         self.down = (
-            nn.Conv2d(config.channels[index - 1], width, 3, stride=2, padding=1) if index else None
+            Conv2d(config.channels[index - 1], width, 3, stride=2, padding=1) if index else None
         )
         self.blocks = nn.ModuleList(
             ResBlock(width, config.groups, config.emb_dim, config.dropout)
@@ -41,7 +41,7 @@ class Stage(nn.Module):
         """``forward`` without dropout and its pull-back to h."""
         pulls = []
         if self.down is not None:
-            h, pull = linearize_conv(self.down, h)
+            h, pull = self.down.linearize(h)
             pulls.append(pull)
         for block in self.blocks:
             h, pull = block.linearize(h, emb)
@@ -63,7 +63,7 @@ class Classifier(nn.Module):
         self.config = config
         width, last = config.channels[0], config.channels[-1]
         self.embedding = NoiseEmbedding(config.emb_dim)
-        self.stem = nn.Conv2d(config.patch**2, width, 3, padding=1)
+        self.stem = Conv2d(config.patch**2, width, 3, padding=1)
         # convolutions are blind to absolute pitch; a Mel band's place is what tells a vowel
         self.band = nn.Parameter(torch.zeros(1, width, config.n_mels // config.patch, 1))
         self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.channels)))
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
 
     def linearize_lower(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
         """``lower`` without dropout and its pull-back to x."""
-        h, pull_stem = linearize_conv(self.stem, F.pixel_unshuffle(x, self.config.patch))
+        h, pull_stem = self.stem.linearize(F.pixel_unshuffle(x, self.config.patch))
         h, pull_stage = self.stages[0].linearize(h + self.band.to(h.dtype), emb)
 
         def pull(grad: Tensor) -> Tensor:

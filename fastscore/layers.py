@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,69 @@ from torch import Tensor, nn
 # the pull-back of a linear map: cotangents of its output, any number for each sample (row i belongs
 # to sample i % B), to cotangents of its input
 Pull = Callable[[Tensor], Tensor]
+
+
+class Prepared(Protocol):
+    """A convolution's weight as a library's kernels want it: `fastscore.packed` makes them."""
+
+    def takes(self, conv: nn.Conv2d, x: Tensor) -> bool:
+        """Whether it may stand in for ``conv`` on x; ValueError where the weight has changed."""
+        ...
+
+    def forward(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """``conv(x)``."""
+        ...
+
+    def pull(self, conv: nn.Conv2d, grad: Tensor, padding: Sequence[int]) -> Tensor:
+        """The transposed convolution of ``grad`` with output padding ``padding``, without bias."""
+        ...
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that knows its pull-back and takes a prepared weight where one is at hand."""
+
+    # neither parameter nor buffer: a prepared weight is not part of the state
+    prepared: Prepared | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x [B, C, H, W]."""
+        prepared = self.prepared
+        if prepared is not None and prepared.takes(self, x):
+            return prepared.forward(self, x)
+        return super().forward(x)
+
+    def output_padding_of(self, x: Sequence[int], y: Sequence[int]) -> list[int]:
+        """Rows and columns of an input of shape x that the stride of an output of y left over."""
+        return [
+            size - ((out - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
+            for size, out, stride, pad, dilation, kernel in zip(
+                *(x[2:], y[2:], self.stride, self.padding, self.dilation, self.kernel_size),
+                strict=True,
+            )
+        ]
+
+    def linearize(self, x: Tensor) -> tuple[Tensor, Pull]:
+        """``forward`` and its pull-back to x, the transposed convolution.
+
+        The weight serves both as it lies, so nothing is flipped or copied at run time, and
+        exporters know the operation, which they do not of a convolution's backward pass.
+        """
+        y = self(x)
+        padding = self.output_padding_of(x.shape, y.shape)
+
+        def pull(grad: Tensor) -> Tensor:
+            prepared = self.prepared
+            if prepared is not None and prepared.takes(self, grad):
+                return prepared.pull(self, grad, padding)
+            weight = self.weight.to(grad.dtype)
+            image = F.conv_transpose2d(
+                *(grad, weight, None, self.stride, self.padding, padding),
+                *(self.groups, self.dilation),
+            )
+            # under autocast the convolution was narrower
+            return image.to(x.dtype)
+
+        return y, pull
 
 
 class NoiseEmbedding(nn.Module):
@@ -75,10 +139,10 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, groups: int, emb_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = NormAct(channels, groups)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, channels, 3, padding=1)
         self.norm2 = NormAct(channels, groups, emb_dim)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv2 = zero_init(Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Add the block's residual to x."""
@@ -88,48 +152,14 @@ class ResBlock(nn.Module):
     def linearize(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
         """``forward`` without dropout and its pull-back to x."""
         y, pull_norm1 = self.norm1.linearize(x)
-        y, pull_conv1 = linearize_conv(self.conv1, y)
+        y, pull_conv1 = self.conv1.linearize(y)
         y, pull_norm2 = self.norm2.linearize(y, emb)
-        y, pull_conv2 = linearize_conv(self.conv2, y)
+        y, pull_conv2 = self.conv2.linearize(y)
 
         def pull(grad: Tensor) -> Tensor:
             return grad + pull_norm1(pull_conv1(pull_norm2(pull_conv2(grad))))
 
         return x + y, pull
-
-
-def linearize_conv(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pull]:
-    """A convolution's output and its pull-back to x, the transposed convolution.
-
-    The weight serves both as it lies, so nothing is flipped or copied at run time, and exporters
-    know the operation, which they do not of a convolution's backward pass.
-    """
-    y = conv(x)
-    # rows and columns that a stride left over: what the transposed convolution cannot know
-    padding = [
-        size - ((out - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
-        for size, out, stride, pad, dilation, kernel in zip(
-            *(x.shape[2:], y.shape[2:], conv.stride, conv.padding, conv.dilation),
-            conv.kernel_size,
-            strict=True,
-        )
-    ]
-
-    def pull(grad: Tensor) -> Tensor:
-        image = F.conv_transpose2d(
-            grad,
-            conv.weight.to(grad.dtype),
-            None,
-            conv.stride,
-            conv.padding,
-            padding,
-            conv.groups,
-            conv.dilation,
-        )
-        # under autocast the convolution was narrower
-        return image.to(x.dtype)
-
-    return y, pull
 
 
 def chain(pulls: Sequence[Pull]) -> Pull:

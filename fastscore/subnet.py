@@ -8,7 +8,7 @@ from fastscore_kernels import Norms, Projections, dense, tap_fuse, tap_norm, tap
 from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig, SubnetConfig
-from fastscore.layers import NoiseEmbedding, NormAct, ResBlock, zero_init
+from fastscore.layers import Conv2d, NoiseEmbedding, NormAct, ResBlock, zero_init
 
 
 class TapFusion(nn.Module):
@@ -86,8 +86,8 @@ class Upsample(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels_in, channels_out, 1)
-        self.conv = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.proj = Conv2d(channels_in, channels_out, 1)
+        self.conv = Conv2d(channels_out, channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, H, W] -> [B, C_out, 2 H, 2 W]."""
@@ -114,7 +114,7 @@ class ScoreSubnet(nn.Module):
         scales = range(len(config.channels))
         self.embedding = NoiseEmbedding(config.emb_dim)
         self.magnitude = zero_init(nn.Linear(len(config.channels), config.emb_dim))
-        self.stem = nn.Conv2d(classifier.patch**2, config.channels[0], 3, padding=1)
+        self.stem = Conv2d(classifier.patch**2, config.channels[0], 3, padding=1)
         self.band = nn.Parameter(
             torch.zeros(1, config.channels[0], classifier.n_mels // classifier.patch, 1)
         )
@@ -132,7 +132,7 @@ class ScoreSubnet(nn.Module):
             Upsample(config.channels[i], config.channels[i - 1]) for i in scales if i
         )
         self.norm = NormAct(config.channels[0], config.groups)
-        self.out = zero_init(nn.Conv2d(config.channels[0], classifier.patch**2, 3, padding=1))
+        self.out = zero_init(Conv2d(config.channels[0], classifier.patch**2, 3, padding=1))
 
     def forward(
         self,

@@ -72,13 +72,17 @@ def call(op: Any, kernel: Callable, *args: Any) -> Any:
 
 def direct(args: Sequence[Any]) -> bool:
     """Whether no gradient, transform, trace, dispatch mode or profiler wants to see a call."""
+    return untraced(args) and not torch.autograd._profiler_enabled()
+
+
+def untraced(args: Sequence[Any]) -> bool:
+    """Whether no gradient, transform, trace or dispatch mode wants to see a call."""
     if (
         is_compiling()
         or type(args[0]) is not Tensor
         or _len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or torch.autograd._profiler_enabled()
     ):
         return False
     if not torch.is_grad_enabled():

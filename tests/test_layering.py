@@ -85,6 +85,7 @@ fastscore.classifier                 torch .config .layers |
 fastscore.taps                       torch .classifier .layers |
 fastscore.subnet                     torch .config .layers kernels kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore.denoiser                   torch .classifier .config .subnet .taps .trajectory |
+fastscore.packed                     torch .denoiser .layers kernels.registration |
 fastscore.vocoder.spectral           numpy torch .config |
 fastscore.vocoder.hifigan            torch .config |
 fastscore.vocoder.weightnorm         torch |
@@ -109,7 +110,7 @@ fastscore.stats                      | torch
 fastscore.batching                   .stats | torch
 fastscore.stream                     .batching .request .stats |
 fastscore.voice                      torch .config .denoiser .devices .layers .vocoder kernels | numpy .audio .hearing
-fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .presets .request .results .samplers .stats .subnet .vocoder .voice kernels |
+fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .noise .presets .request .results .samplers .stats .stream .subnet .vocoder .voice kernels |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |

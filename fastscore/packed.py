@@ -1,0 +1,148 @@
+"""Convolution weights prepared once for oneDNN's kernels, for inference on a CPU.
+
+A plain convolution brings its weight into the kernel's layout anew in every call, and at batch 1
+PyTorch leaves oneDNN altogether for small inputs. Neither matters in training; it does in a sampler
+that calls the same sixty convolutions again and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from fastscore_kernels.registration import untraced
+from torch import Tensor, nn
+
+from fastscore.denoiser import TapDenoiser
+from fastscore.layers import Conv2d
+
+_OPS = torch.ops.mkldnn
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why the convolutions of ``module`` cannot be packed, and the remedy; "" if they can."""
+    if not torch.backends.mkldnn.is_available():
+        return "this build of PyTorch has no oneDNN; leave the convolutions as they are"
+    for conv in _convolutions(module):
+        kind, place = conv.weight.dtype, conv.weight.device.type
+        if place != "cpu":
+            return f"its weights are on {place} and oneDNN runs on the cpu; move it there"
+        if kind not in (torch.float32, torch.bfloat16):
+            return f"its weights are {kind}; packed are float32 and bfloat16"
+        if kind == torch.bfloat16 and not _OPS._is_mkldnn_bf16_supported():
+            return "this CPU has no bfloat16 instructions that oneDNN uses; take float32"
+    return ""
+
+
+def pack(denoiser: TapDenoiser) -> int:
+    """Prepare every convolution of ``denoiser`` for inference; returns how many there are.
+
+    Forward and pull-back have a weight each besides the model's own, which stays what is saved and
+    hashed; they are laid out for Mels of the length trained on and serve every length and batch.
+    They are used where nothing else wants to see the call: with a gradient, a transform, autocast,
+    a trace or a compiler at work the plain convolution runs. Weights that change afterwards make
+    the next call a ValueError until they are packed again, or `unpack` is called. A copy of a
+    packed model is not packed. ValueError as `obstacle` says.
+    """
+    problem = obstacle(denoiser)
+    if problem:
+        raise ValueError(f"the model cannot be packed: {problem}")
+    unpack(denoiser)
+    for conv, (x, y) in _shapes(denoiser).items():
+        conv.prepared = PackedConv(conv, x, y)
+    return len(_convolutions(denoiser))
+
+
+@torch.no_grad()
+def _shapes(denoiser: TapDenoiser) -> dict[Conv2d, tuple[torch.Size, torch.Size]]:
+    """Shapes of every convolution's input and output in a step of one sample."""
+    found: dict[Conv2d, tuple[torch.Size, torch.Size]] = {}
+
+    def note(conv: Conv2d, args: tuple[Tensor], y: Tensor) -> None:
+        found[conv] = (args[0].shape, y.shape)
+
+    hooks = [conv.register_forward_hook(note) for conv in _convolutions(denoiser)]
+    config = denoiser.classifier.config
+    try:
+        denoiser(torch.zeros(1, 1, config.n_mels, config.frames), torch.ones(1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def unpack(module: nn.Module) -> None:
+    """Return every convolution inside ``module`` to its own weight."""
+    for conv in _convolutions(module):
+        conv.prepared = None
+
+
+def _convolutions(module: nn.Module) -> list[Conv2d]:
+    return [m for m in module.modules() if isinstance(m, Conv2d)]
+
+
+class PackedConv:
+    """The weight of one convolution in oneDNN's layouts, forward and transposed.
+
+    float32 or bfloat16 on a CPU; see `pack` for when it is used.
+    """
+
+    def __init__(self, conv: Conv2d, x: Sequence[int], y: Sequence[int]) -> None:
+        weight = conv.weight.detach()
+        self._state = _state(conv)
+        geometry = (conv.stride, conv.dilation, conv.groups)
+        # without the shapes of input and output oneDNN guesses: up to 1.8 times as slow
+        self._forward = _OPS._reorder_convolution_weight(weight, conv.padding, *geometry, x)
+        self._pull = _OPS._reorder_convolution_transpose_weight(
+            weight, conv.padding, conv.output_padding_of(x, y), *geometry, y
+        )
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """Nothing: a copied weight is another weight, to be packed itself."""
+
+    def __reduce__(self) -> tuple:
+        return _nothing, ()
+
+    def takes(self, conv: nn.Conv2d, x: Tensor) -> bool:
+        """Whether this weight may stand in for that of ``conv`` on x.
+
+        ValueError where the weight has changed since it was packed.
+        """
+        if not untraced((x, conv.weight)) or x.dtype != conv.weight.dtype or x.device.type != "cpu":
+            return False
+        if torch.is_autocast_enabled("cpu"):
+            return False
+        if _state(conv) != self._state:
+            raise ValueError(
+                "a convolution's weight has changed since it was packed; call fastscore.packed.pack"
+                " again, or unpack"
+            )
+        return True
+
+    def forward(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """``conv(x)``, x [B, C, H, W], channels-last."""
+        return _OPS._convolution_pointwise(
+            *(_dense(x), self._forward, conv.bias, conv.padding, conv.stride, conv.dilation),
+            *(conv.groups, "none", [], ""),
+        )
+
+    def pull(self, conv: nn.Conv2d, grad: Tensor, padding: Sequence[int]) -> Tensor:
+        """Cotangents of the input, channels-last, of those of the output."""
+        return _OPS._convolution_transpose_pointwise(
+            *(_dense(grad), self._pull, None, conv.padding, padding, conv.stride, conv.dilation),
+            *(conv.groups, "none", [], ""),
+        )
+
+
+def _nothing() -> None:
+    return None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _state(conv: nn.Conv2d) -> tuple[int, int, torch.dtype]:
+    """What changes when a weight is written to or replaced."""
+    weight = conv.weight
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version, weight.dtype
