@@ -290,12 +290,13 @@ class Worker:
 
     def _turn(self) -> bool:
         """Compute one batch; False where there will be none any more."""
-        # no name outlives the turn: an idle stream holds no clip
+        # no name outlives the turn: an idle stream holds no future
         batch = self._next_batch()
-        if batch:
-            self._compute(batch)
-            self.batch = []
-        return bool(batch)
+        if not batch:
+            return False
+        self._compute(batch)
+        self.batch = []
+        return True
 
     def _next_batch(self) -> list[ClipFuture]:
         """The requests to compute now, waiting for them; none where the stream is closed."""
@@ -334,17 +335,23 @@ class Worker:
         if isinstance(drawn, Exception):
             # the tensors in its frames would live as long as somebody keeps the error
             traceback.clear_frames(drawn.__traceback__)
-            if len(batch) > 1:
-                drawn = None
-                self._one_by_one(batch)
-                return
-            drawn = [drawn]
-        for future, value in zip(batch, drawn, strict=True):
-            outcome = "failed" if isinstance(value, Exception) else "clips"
-            if done >= future._deadline:
-                outcome, value = "expired", _late(future, done)
-            if self.claim(future, outcome, done):
-                future._settle(outcome, value)
+            drawn = [drawn] if len(batch) == 1 else []
+        if drawn:
+            for future, value in zip(batch, drawn, strict=True):
+                self._hand_over(future, value, done)
+            del future, value
+        else:
+            self._one_by_one(batch)
+        # this frame and its callers' live as long as the error does, too
+        batch.clear()
+        drawn.clear()
+
+    def _hand_over(self, future: ClipFuture, value: Any, done: float) -> None:
+        outcome = "failed" if isinstance(value, Exception) else "clips"
+        if done >= future._deadline:
+            outcome, value = "expired", _late(future, done)
+        if self.claim(future, outcome, done):
+            future._settle(outcome, value)
 
     def _attempt(self, batch: list[ClipFuture]) -> list[Any] | Exception:
         """What became of each request, or the error that all of them came to."""
@@ -366,6 +373,7 @@ class Worker:
             self._expire()
             if future._outcome is None:
                 self._compute([future], redone=True)
+        del future
 
     def _abandoned(self, batch: list[ClipFuture]) -> bool:
         """Whether nobody waits for any clip of the batch; deadlines that passed are told first."""
