@@ -104,6 +104,9 @@ def _check_parameters(feature: Tensor, norms: Norms, projections: Projections, h
     c, p = feature.shape[1], projections
     width = p.query.shape[0]
     checks.parameters("tap_path", feature, (c,), **norms._asdict())
+    # one type for all of them: kernels are told one
+    if norms.feature_weight.dtype is not p.query.dtype:
+        checks.placed("tap_path", "feature_weight", norms.feature_weight, "query", p.query)
     checks.dividing("tap_path", "heads", heads, width)
     shapes = (
         *((width, c, 1, 1), (width,), (2 * width, c, 1, 1), (2 * width,)),

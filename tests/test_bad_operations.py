@@ -103,6 +103,11 @@ BAD = {
         lambda k: tap_path(
             X, X, NORMS._replace(feature_weight=W[:3]), PROJECTIONS, 4, 2, True, backend=k
         ),
+        # each of a type that goes with the taps, but not with one another
+        lambda k: tap_path(
+            *(X.half(), X.half(), NORMS, Projections(*(p.half() for p in PROJECTIONS)), 4, 2, True),
+            backend=k,
+        ),
     ],
     "solver_step: x": [
         lambda k: solver_step(STATE.half(), COEFFICIENTS, raw=STATE, backend=k),
