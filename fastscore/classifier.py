@@ -74,9 +74,12 @@ class Classifier(nn.Module):
         """Noise embedding, [B] -> [B, emb_dim]."""
         return self.embedding(c_noise)
 
+    def _patches(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, self.config.patch).to(self.stem.weight.dtype)
+
     def lower(self, x: Tensor, emb: Tensor) -> Tensor:
         """Shallowest tap [B, C_1, n_mels / patch, frames / patch] of x [B, 1, n_mels, frames]."""
-        h = self.stem(F.pixel_unshuffle(x, self.config.patch))
+        h = self.stem(self._patches(x))
         # cast, or autocast's bf16 activations would be promoted to fp32 from here on
         return self.stages[0](h + self.band.to(h.dtype), emb)
 
@@ -95,12 +98,15 @@ class Classifier(nn.Module):
             if perturb is not None:
                 h = h + perturb[i]
             taps.append(h)
-        pooled = self.norm(h).mean(dim=(2, 3))
-        return self.head(pooled), tuple(taps)
+        return self._logits(self.norm(h)), tuple(taps)
+
+    def _logits(self, y: Tensor) -> Tensor:
+        # pooled in the head's type, which stays wide where convolutions are narrow
+        return self.head(y.mean(dim=(2, 3), dtype=self.head.weight.dtype))
 
     def linearize_lower(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
         """``lower`` without dropout and its pull-back to x."""
-        h, pull_stem = self.stem.linearize(F.pixel_unshuffle(x, self.config.patch))
+        h, pull_stem = self.stem.linearize(self._patches(x))
         h, pull_stage = self.stages[0].linearize(h + self.band.to(h.dtype), emb)
 
         def pull(grad: Tensor) -> Tensor:
@@ -121,7 +127,7 @@ class Classifier(nn.Module):
         size = y.shape[2] * y.shape[3]
 
         def pull_taps(grad: Tensor) -> tuple[Tensor, ...]:
-            pooled = (grad @ self.head.weight / size)[:, :, None, None]
+            pooled = (grad @ self.head.weight / size).to(y.dtype)[:, :, None, None]
             # channels-last whatever y is: a dense cotangent is all that its pull-back asks for
             spread = pooled.expand(-1, -1, *y.shape[2:])
             spread = spread.contiguous(memory_format=torch.channels_last)
@@ -130,7 +136,7 @@ class Classifier(nn.Module):
                 found.append(pull(found[-1]))
             return tuple(reversed(found))
 
-        return self.head(y.mean(dim=(2, 3))), tuple(taps), pull_taps
+        return self._logits(y), tuple(taps), pull_taps
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """Logits [B, K] of x = c_in (x0 + sigma eps) [B, 1, n_mels, frames] and c_noise [B]."""

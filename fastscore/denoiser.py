@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from fastscore.classifier import Classifier
 from fastscore.config import MelSpace, SigmaRange
-from fastscore.subnet import ScoreSubnet
+from fastscore.subnet import ScoreSubnet, TapFusion
 from fastscore.taps import read_taps
 from fastscore.trajectory import Parts
+
+PRECISIONS = ("fp32", "bf16")
 
 
 class Scalings(NamedTuple):
@@ -43,8 +45,8 @@ class TapDenoiser(nn.Module):
     """Denoiser over a frozen classifier's taps, classifier-guided on request.
 
     D(x, sigma) = c_skip x + c_out S(c_in x, c_noise, taps), and when guided
-    D_gamma = D + gamma sigma^2 grad_x log p(y|x). Inputs and outputs are fp32 whatever the inner
-    dtype.
+    D_gamma = D + gamma sigma^2 grad_x log p(y|x). Inputs and outputs are fp32 whatever the
+    convolutions' precision (`set_precision`).
     """
 
     def __init__(
@@ -92,8 +94,7 @@ class TapDenoiser(nn.Module):
         if (label is None) != (gamma is None):
             raise ValueError("TapDenoiser: give label and gamma together, or neither of them")
         c = scalings(sigma, self.space.sigma_data)
-        dtype = self.classifier.head.weight.dtype
-        scaled = (c.c_in[:, None, None, None] * x).to(dtype)
+        scaled = c.c_in[:, None, None, None] * x
         taps = read_taps(self.classifier, scaled, c.c_noise, label)
         raw = self.subnet(scaled, c.c_noise, taps.features, taps.gradients)
         # the chain rule through c_in x turns the scaled input's gradient into that of x
@@ -104,5 +105,22 @@ class TapDenoiser(nn.Module):
     def class_logits(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Logits [B, K] fp32 of the frozen classifier at x [B, 1, n_mels, frames] and sigma [B]."""
         c = scalings(sigma, self.space.sigma_data)
-        dtype = self.classifier.head.weight.dtype
-        return self.classifier((c.c_in[:, None, None, None] * x).to(dtype), c.c_noise).float()
+        return self.classifier(c.c_in[:, None, None, None] * x, c.c_noise).float()
+
+
+def set_precision(denoiser: TapDenoiser, precision: str) -> None:
+    """Convolve and attend in fp32, or in bf16, inside ``denoiser``.
+
+    bf16 rounds the weights of convolutions and of the fusion of taps, for good, and with them what
+    flows between layers. Statistics, softmax, embeddings, FiLM, affine parameters, the classifier's
+    head and what `TapDenoiser` sums up stay fp32. ValueError for another precision, and for fp32
+    where the weights have been rounded already.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; choose {' or '.join(PRECISIONS)}")
+    narrowed = [m for m in denoiser.modules() if isinstance(m, nn.Conv2d | TapFusion)]
+    if precision == "bf16":
+        for module in narrowed:
+            module.to(torch.bfloat16)
+    elif any(p.dtype == torch.bfloat16 for m in narrowed for p in m.parameters()):
+        raise ValueError("precision fp32: the weights were rounded to bf16; load the model again")

@@ -87,11 +87,22 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # c_noise = log(sigma) / 4 spans about -2 to 1; periods from 0.06 to 25 resolve and cover it
-        freqs = 2 * math.pi * torch.exp(torch.linspace(math.log(0.04), math.log(16.0), 16))
-        self.register_buffer("freqs", freqs, persistent=False)
+        self.register_buffer("freqs", self._frequencies(), persistent=False)
         self.fc1 = nn.Linear(32, dim)
         self.fc2 = nn.Linear(dim, dim)
+
+    @staticmethod
+    def _frequencies() -> Tensor:
+        # c_noise = log(sigma) / 4 spans about -2 to 1; periods from 0.06 to 25 resolve and cover it
+        return 2 * math.pi * torch.exp(torch.linspace(math.log(0.04), math.log(16.0), 16))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseEmbedding:
+        super()._apply(fn, recurse)
+        # frequencies of 8 bits would embed other noise levels than those trained on
+        if self.freqs.dtype != torch.float64:
+            with torch.device("cpu"):
+                self.freqs = self._frequencies().to(self.freqs.device)
+        return self
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """Embed c_noise [B] into [B, dim]."""

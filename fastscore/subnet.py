@@ -153,7 +153,7 @@ class ScoreSubnet(nn.Module):
         h = fused[-1]
         for i in reversed(range(len(self.stages))):
             if i == 0:
-                h = h + self.stem(F.pixel_unshuffle(x, self.patch))
+                h = h + self.stem(F.pixel_unshuffle(x, self.patch).to(self.stem.weight.dtype))
                 # cast, or autocast's bf16 activations would be promoted to fp32 from here on
                 h = h + self.band.to(h.dtype)
             for block in self.stages[i]:

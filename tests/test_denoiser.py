@@ -23,8 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastscore.classifier import Classifier
 from fastscore.config import CLASSIFIERS, SUBNETS, MelSpace, SigmaRange
-from fastscore.denoiser import TapDenoiser, scalings, score_from_denoised
+from fastscore.denoiser import TapDenoiser, scalings, score_from_denoised, set_precision
+from fastscore.layers import set_backend
 from fastscore.subnet import ScoreSubnet
+from fastscore.taps import read_taps
 
 LABEL = torch.tensor([2, -1, 0, 3])
 GAMMA = torch.tensor([1.0, 5.0, 0.0, 3.0])
@@ -132,6 +134,70 @@ def test_narrow_networks_take_and_return_fp32():
     assert (error < 0.2).all()
     # while the skip path is not rounded at all: at small sigma it is what counts
     assert (narrow[1] - exact[1]).abs().max() < 2**-5 * exact[1].abs().max()
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("guided", [False, True])
+def test_bf16_stays_near_fp32_over_all_noise_levels(backend, guided):
+    exact, narrow = small_denoiser().requires_grad_(False), small_denoiser().requires_grad_(False)
+    set_precision(narrow, "bf16")
+    set_backend(narrow, backend)
+    sigma = torch.logspace(-2, math.log10(40), 16)
+    x = 0.7 * torch.randn(16, 1, 16, 24) + sigma[:, None, None, None] * torch.randn(16, 1, 16, 24)
+    guidance = (torch.arange(16) % 4, torch.full((16,), 3.0)) if guided else ()
+    wide, small = exact(x, sigma, *guidance), narrow(x, sigma, *guidance)
+    assert small.dtype == torch.float32
+    # two roundings a layer, 2^-9 each, of some thirty layers, that add up at random; the skip path
+    # is not rounded, so errors are measured by what the networks contribute
+    networks = wide - scalings(sigma, SPACE.sigma_data).c_skip[:, None, None, None] * x
+    error = (small - wide).flatten(1).norm(dim=1) / networks.flatten(1).norm(dim=1)
+    assert (error <= 2 * math.sqrt(60) * 2**-9).all()
+    assert (error > 2**-12).all()
+
+
+def test_bf16_keeps_statistics_embeddings_and_sums_in_fp32():
+    denoiser = small_denoiser()
+    set_precision(denoiser, "bf16")
+    kinds = {n: p.dtype for n, p in (*denoiser.named_parameters(), *denoiser.named_buffers())}
+    narrow = {n for n, kind in kinds.items() if kind == torch.bfloat16}
+    assert {n for n in kinds if "conv" in n or "fusion" in n or "stem" in n} <= narrow
+    assert not {n for n in narrow if "embedding" in n or "norm" in n or "film" in n or "head" in n}
+    x, sigma = inputs(4)
+    parts = denoiser.parts(x, sigma, LABEL, GAMMA)
+    assert parts.raw.dtype == parts.guidance.dtype == torch.bfloat16
+    assert {t.dtype for t in parts[2:]} == {torch.float32}
+    with pytest.raises(ValueError, match="rounded to bf16; load the model again"):
+        set_precision(denoiser, "fp32")
+    with pytest.raises(ValueError, match="precision 'fp8' is unknown; choose fp32 or bf16"):
+        set_precision(denoiser, "fp8")
+
+
+def test_frequencies_of_the_noise_embedding_are_never_rounded():
+    denoiser = small_denoiser()
+    freqs = denoiser.subnet.embedding.freqs.clone()
+    for kind in (torch.bfloat16, torch.float16, torch.float32):
+        denoiser.to(kind)
+        assert torch.equal(denoiser.subnet.embedding.freqs, freqs)
+    assert torch.equal(denoiser.to("meta").to_empty(device="cpu").subnet.embedding.freqs, freqs)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_tiny_gradients_survive_bf16(backend):
+    """A saturated classifier's: their direction is all that ScoreSubnet reads of them."""
+    exact, narrow = small_denoiser().requires_grad_(False), small_denoiser().requires_grad_(False)
+    for denoiser in (exact, narrow):
+        denoiser.classifier.head.weight.mul_(1e-24)
+    set_precision(narrow, "bf16")
+    set_backend(narrow, backend)
+    x, sigma = inputs(4)
+    wide, small = (read_taps(d.classifier, x, sigma.log() / 4, LABEL) for d in (exact, narrow))
+    for a, b in zip(
+        (*small.gradients, small.guidance), (*wide.gradients, wide.guidance), strict=True
+    ):
+        assert 0 < b.abs().max() < 1e-23
+        assert (a - b).norm() <= 0.05 * b.norm()
+    out, expected = narrow(x, sigma), exact(x, sigma)
+    assert (out - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
 def test_class_logits_are_the_classifier_s_at_scaled_input():
