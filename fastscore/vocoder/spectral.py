@@ -75,13 +75,17 @@ class PitchHead(nn.Module):
         return self.out(self.norm(self.blocks(x)))
 
     def frequency(self, logits: Tensor) -> Tensor:
-        """Frequency in Hz, [B, T] fp32: mean of the bins around the likeliest one, as in CREPE."""
-        logits = logits.float()
+        """Frequency in Hz, [B, T] fp64: mean of the bins around the likeliest one, as in CREPE.
+
+        The pulse train's phase adds it up over a clip: an error of 1e-6, as fp32 would leave here,
+        is 1e-3 of a cycle at the highest harmonic.
+        """
         peak = logits.argmax(dim=-1, keepdim=True)
+        logits = logits.double()
         bins = torch.arange(logits.shape[-1], device=logits.device)
         near = (bins - peak).abs() <= 3
         weight = logits.masked_fill(~near, -math.inf).softmax(dim=-1)
-        return (weight * self.log_centres).sum(dim=-1).exp()
+        return (weight * self.log_centres.double()).sum(dim=-1).exp()
 
 
 class SpectralGenerator(nn.Module):
@@ -146,8 +150,8 @@ class SpectralGenerator(nn.Module):
     def render(self, mel: Tensor, f0: Tensor, phase: Tensor, noise: Tensor) -> Tensor:
         """Waveform [B, T * hop] fp32, with the sources given.
 
-        f0 [B, T] in Hz; phase [B] fp64, of the pulse train at the start, in cycles; noise
-        [B, T * hop + n_fft - head hop], white with unit variance.
+        f0 [B, T] in Hz, fp64 where phases must agree; phase [B] fp64, of the pulse train at the
+        start, in cycles; noise [B, T * hop + n_fft - head hop], white with unit variance.
         """
         harmonic = self._spectrum(self._pulses(f0, phase))
         hiss = self._spectrum(noise)
@@ -180,13 +184,13 @@ class SpectralGenerator(nn.Module):
 
     def _pulses(self, f0: Tensor, phase: Tensor) -> Tensor:
         """Pulse train [B, samples + 2 margin]: all harmonics below 0.475 rate, amplitude 1 each."""
-        hop, rate = self.mel_config.hop_length, self.mel_config.sample_rate
-        f0 = F.interpolate(f0.unsqueeze(1), scale_factor=float(hop), mode="linear").squeeze(1)
+        rate = self.mel_config.sample_rate
+        f0 = self._stretch(f0.double())
         f0 = F.pad(f0.unsqueeze(1), (self._margin, self._margin), mode="replicate").squeeze(1)
         # cycles add up over a whole clip: fp32 would lose the phase of high harmonics
-        cycles = phase.unsqueeze(1) + (f0.double() / rate).cumsum(dim=1)
+        cycles = phase.unsqueeze(1) + (f0 / rate).cumsum(dim=1)
         theta = (2 * math.pi * (cycles - cycles.floor())).float()
-        count = 0.475 * rate / f0
+        count = (0.475 * rate / f0).float()
         whole = count.floor()
         half = (theta / 2).sin()
         near = half.abs() < 1e-4
@@ -199,7 +203,13 @@ class SpectralGenerator(nn.Module):
         frames = wave.unfold(-1, self.config.n_fft, self.config.hop_length)
         return self._transform(frames * self.window)
 
-    # these two are all that knows complex numbers: what is exported has others in their place
+    # what not every runtime can do, complex numbers and interpolation in fp64, is in these three:
+    # exported generators have others in their place
+
+    def _stretch(self, f0: Tensor) -> Tensor:
+        """A value a sample, [B, T * hop], by linear interpolation."""
+        hop = float(self.mel_config.hop_length)
+        return F.interpolate(f0.unsqueeze(1), scale_factor=hop, mode="linear").squeeze(1)
 
     def _transform(self, frames: Tensor) -> Spectrum:
         spectrum = torch.fft.rfft(frames) / math.sqrt(self.config.n_fft)
