@@ -826,27 +826,40 @@ class TestDeath:
 class TestInterrupts:
     def test_who_is_interrupted_leaves_and_the_stream_goes_on(self, open_stream, drawing):
         stream = open_stream()
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        main = threading.main_thread().ident
+        main, interrupted = threading.main_thread().ident, threading.Event()
+
+        def handler(*_):
+            if not interrupted.is_set():
+                interrupted.set()
+                raise KeyboardInterrupt
 
         def interrupt():
-            # once the main thread waits for its second request
-            while stream.stats().waiting == 0:
+            while "result" not in function_names(main):
                 time.sleep(0)
-            signal.pthread_kill(main, signal.SIGINT)
+            # a signal that arrives just before a thread falls asleep does not wake it
+            while not interrupted.wait(0.01):
+                signal.pthread_kill(main, signal.SIGINT)
 
+        before = signal.signal(signal.SIGINT, handler)
         interrupter = threading.Thread(target=interrupt)
         try:
             with drawing.busy(stream):
                 interrupter.start()
                 with pytest.raises(KeyboardInterrupt):
                     stream.draw("one", seed=1)
-        finally:
             interrupter.join(PATIENCE)
-            signal.signal(signal.SIGINT, handler)
+        finally:
+            interrupted.set()
+            signal.signal(signal.SIGINT, before)
         assert stream.draw("one", seed=2) == Sound(Ask("one", 2, None))
         assert drawing.seeds == [[2]]
         assert stream.stats().cancelled == 1
+
+
+def function_names(thread):
+    """Names of the functions that a thread is in."""
+    stack = traceback.walk_stack(sys._current_frames()[thread])
+    return {frame.f_code.co_name for frame, _ in stack}
 
 
 @pytest.fixture
