@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from fastscore.classifier import Classifier
 from fastscore.config import MelSpace, SigmaRange, to_dict
 from fastscore.denoiser import TapDenoiser
 from fastscore.devices import BATCH_SIZES, check_precision, fp32_products, usable_device
-from fastscore.engine import BatchWatcher, Clips, Drawn, Engine, Model, Options, Task
+from fastscore.engine import BatchWatcher, Clips, Drawn, Engine, Model, Options, Task, joined
+from fastscore.noise import SEED_LIMIT
 from fastscore.presets import Defaults, load_parts
-from fastscore.request import Labels, Request, Strengths, make_request, whole
+from fastscore.request import Labels, Request, Strengths, Ticket, make_request, whole
 from fastscore.results import Result, save_result
 from fastscore.samplers import SamplingCancelledError
 from fastscore.stats import Latencies, process_memory
+from fastscore.stream import QUEUE_SIZE, Stream
 from fastscore.subnet import ScoreSubnet
 from fastscore.vocoder import Generator
 from fastscore.voice import Voice
@@ -184,21 +187,33 @@ class Pipeline(Voice):
         )
         watch = callback and self._reporter(asked, callback)
         drawn = self._draw(asked.task, asked.clips(), asked.batch_size, watch)
-        _, mels, waves, fine = drawn.outputs
-        if not fine.all():
-            raise ValueError(_diverged(asked, int(fine.int().argmin())))
-        return Result(
-            waves=waves,
-            sample_rate=self.sample_rate,
-            mels=mels,
-            mel=self.mel_config,
-            labels=tuple(None if k < 0 else self.labels[k] for k in asked.ids),
-            guidance=tuple(asked.gammas),
-            nfe=drawn.nfe,
-            sampler=asked.spec.name,
-            seconds=drawn.seconds,
-            seed=asked.seed,
-            first=asked.first,
+        return self._result(asked, drawn, slice(None))
+
+    def stream(
+        self,
+        *,
+        max_batch: int | None = None,
+        max_wait: float = 0.0,
+        queue_size: int = QUEUE_SIZE,
+    ) -> Stream:
+        """A `Stream` that draws one clip at a time for callers in any number of threads.
+
+        Requests that differ in label, strength and seed only share batches of up to ``max_batch``
+        (None: the pipeline's batch size); ``max_wait`` and ``queue_size`` as `Stream` takes them.
+        Each clip is a `Result` of one sample. Without a seed every clip gets a fresh one.
+        """
+        size = whole("max_batch", self.batch_size if max_batch is None else max_batch, 1)
+
+        def serve(tickets: Sequence[Ticket], abandoned: Callable[[], bool]) -> list[Any]:
+            return self._serve(tickets, size, abandoned)
+
+        return Stream(
+            self._ticket,
+            serve,
+            max_batch=size,
+            max_wait=max_wait,
+            queue_size=queue_size,
+            device=self.device,
         )
 
     def save(
@@ -273,6 +288,61 @@ class Pipeline(Voice):
             drawn = self.engine.draw(task, clips, max_batch=batch_size, watch=watch)
         self._latency.add(time.perf_counter() - start)
         return drawn
+
+    def _result(self, asked: Request, drawn: Drawn, part: slice) -> Result:
+        """Result of the ``part`` of what was drawn that ``asked`` asks for."""
+        _, mels, waves, fine = (output[part] for output in drawn.outputs)
+        if not fine.all():
+            raise ValueError(_diverged(asked, int(fine.int().argmin())))
+        share = len(fine) / len(drawn.outputs[0])
+        return Result(
+            waves=waves,
+            sample_rate=self.sample_rate,
+            mels=mels,
+            mel=self.mel_config,
+            labels=tuple(None if k < 0 else self.labels[k] for k in asked.ids),
+            guidance=tuple(asked.gammas),
+            nfe=drawn.nfe,
+            sampler=asked.spec.name,
+            seconds={stage: seconds * share for stage, seconds in drawn.seconds.items()},
+            seed=asked.seed,
+            first=asked.first,
+        )
+
+    def _ticket(self, label: str | None, *, seed: int | None = None, **options: Any) -> Ticket:
+        """What a stream is asked for, checked; ValueError where ``sample`` would raise it."""
+        return Ticket(
+            make_request(
+                self.defaults,
+                self.denoiser.sigma_range,
+                self.labels,
+                labels=label,
+                seed=secrets.randbelow(SEED_LIMIT) if seed is None else seed,
+                batch_size=1,
+                **options,
+            )
+        )
+
+    def _serve(
+        self, tickets: Sequence[Ticket], batch_size: int, abandoned: Callable[[], bool]
+    ) -> list[Result | Exception]:
+        """A result for each ticket of one group, or why there is none."""
+
+        def watch(start: int, count: int, step: int, x: Tensor, x0: Tensor) -> None:
+            if abandoned():
+                raise SamplingCancelledError(step, step + 1)
+
+        # whoever watches a trajectory that is one graph would have it taken to pieces
+        watched = None if self.engine.options.mode == "graphs" else watch
+        clips = joined([ticket.request.clips() for ticket in tickets])
+        drawn = self._draw(tickets[0].request.task, clips, batch_size, watched)
+        results: list[Result | Exception] = []
+        for i, ticket in enumerate(tickets):
+            try:
+                results.append(self._result(ticket.request, drawn, slice(i, i + 1)))
+            except ValueError as error:
+                results.append(error)
+        return results
 
     def _reporter(self, asked: Request, callback: Callable[[Progress], Any]) -> BatchWatcher:
         steps, clips = len(asked.sigmas) - 1, len(asked.ids)

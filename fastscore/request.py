@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -53,6 +53,20 @@ class Request:
             known=known,
             mask=mask,
         )
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request for one clip, which shares batches with requests of its group."""
+
+    request: Request
+
+    @property
+    def group(self) -> Hashable:
+        """What a batch has in common: everything but labels, strengths and seeds."""
+        asked = self.request
+        options = tuple(sorted(asked.options.items()))
+        return asked.spec.name, asked.sigmas, asked.interval, options
 
 
 def make_request(

@@ -75,6 +75,7 @@ fastscore.noise                      torch kernels |
 fastscore.trajectory                 torch .noise .plans kernels.solver_step |
 fastscore.solver                     torch .config .plans .sde .trajectory |
 fastscore.samplers                   torch .config .noise .plans .sde .solver .trajectory |
+fastscore.inpaint                    torch .solver .trajectory |
 fastscore.checkpoint                 torch .files | safetensors
 fastscore.cache                      numpy tqdm |
 fastscore.folders                    .config | torchaudio
@@ -107,7 +108,7 @@ fastscore.engine                     .engine.batches .engine.core .engine.record
 fastscore.request                    torch .config .engine .noise .presets .samplers |
 fastscore.hearing                    torch .audio .vocoder | numpy
 fastscore.stats                      | torch
-fastscore.batching                   .stats | torch
+fastscore.batching                   .devices .stats |
 fastscore.stream                     .batching .request .stats |
 fastscore.voice                      torch .config .denoiser .devices .layers .vocoder kernels | numpy .audio .hearing
 fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .noise .presets .request .results .samplers .stats .stream .subnet .vocoder .voice kernels |

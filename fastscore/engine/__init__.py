@@ -1,6 +1,6 @@
 """Drawing batches of clips: eager, compiled or by replayed CUDA graphs, with the same bits."""
 
-from fastscore.engine.batches import Clips
+from fastscore.engine.batches import Clips, joined
 from fastscore.engine.core import BUCKETS, MODES, BatchWatcher, Drawn, Engine, EngineStats, Options
 from fastscore.engine.recorders import CudaGraphs, GraphPool, Recorder, Rerun
 from fastscore.engine.runners import Model, Task
@@ -20,4 +20,5 @@ __all__ = [
     "Recorder",
     "Rerun",
     "Task",
+    "joined",
 ]

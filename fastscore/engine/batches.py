@@ -55,6 +55,12 @@ class Clips:
         return found
 
 
+def joined(parts: Sequence[Clips]) -> Clips:
+    """Clips of several, none of which is known in part."""
+    names = ("labels", "gammas", "seeds", "numbers")
+    return Clips(*(list(itertools.chain(*(getattr(p, name) for p in parts))) for name in names))
+
+
 def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
     """Sizes of batches in ascending order; ValueError unless whole, positive and different."""
     sizes = tuple(sorted(buckets))
