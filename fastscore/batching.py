@@ -10,31 +10,21 @@ import functools
 import itertools
 import math
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from fastscore.devices import DeviceLostError
 from fastscore.stats import StreamRecord, StreamStats
 
 # the longest sleep, in seconds, before the clock is looked at again
 _NAP = 3600.0
 
-# CUDA's errors after which, by its documentation, the process can compute nothing more: devices
-# unavailable or none, uncorrectable memory, illegal address, launch timeout, context destroyed,
-# assertion, hardware stack, illegal instruction, misaligned address, address space, program
-# counter, launch failure, tensor memory, unknown
-_LOST = frozenset((46, 100, 214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999))
-
 
 class StreamClosedError(RuntimeError):
     """The stream draws no more: it was closed, its thread died, or this process is a fork."""
-
-
-class DeviceLostError(StreamClosedError):
-    """The device failed, and this process can compute nothing on it any more."""
 
 
 class QueueFullError(RuntimeError):
@@ -56,16 +46,8 @@ class Job(Protocol):
 # ``draw(jobs, abandoned)`` returns a clip for each job, in their order, or in its place the
 # Exception that this one job came to. It may ask ``abandoned()`` between steps: once that is true
 # nobody waits for the batch any longer, and whatever ``draw`` then returns or raises is discarded.
+# DeviceLostError ends the stream
 Draw = Callable[[Sequence[Any], Callable[[], bool]], Sequence[Any]]
-
-
-def device_lost(error: BaseException) -> bool:
-    """Whether an error of PyTorch says that the device, or the process's hold on it, is gone."""
-    if "torch" not in sys.modules:
-        return False
-    import torch
-
-    return isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", 0) in _LOST
 
 
 class ClipFuture(Future):
@@ -109,7 +91,7 @@ class ClipFuture(Future):
 
         DeadlineExceededError, which is a TimeoutError too, is the end of the request; a mere
         TimeoutError leaves it under way. StreamClosedError where the stream's thread died, and in
-        a fork; RuntimeError in a callback that would wait for its own thread.
+        a fork; DeviceLostError; RuntimeError in a callback that would wait for its own thread.
         """
         self._check_thread()
         return super().result(timeout)
@@ -248,7 +230,7 @@ class Worker:
         if os.getpid() == self.process and not own:
             self.thread.join(timeout)
 
-    def refusal(self) -> StreamClosedError | None:
+    def refusal(self) -> StreamClosedError | DeviceLostError | None:
         """Why nothing can be asked for, a new error each time; None where it can."""
         if os.getpid() != self.process:
             return StreamClosedError(
@@ -358,11 +340,9 @@ class Worker:
         jobs = [future._job for future in batch]
         try:
             drawn = list(self.draw(jobs, functools.partial(self._abandoned, batch)))
+        except DeviceLostError:
+            raise
         except Exception as error:
-            if device_lost(error):
-                raise DeviceLostError(
-                    f"the device was lost ({_first_line(error)}); start the process again"
-                ) from error
             return error
         if len(drawn) != len(jobs):
             raise TypeError(f"the drawing function returned {len(drawn)} clips for {len(jobs)}")
@@ -421,7 +401,3 @@ def _late(future: ClipFuture, now: float) -> DeadlineExceededError:
         f"{future._deadline - future._submitted:.3g} s, after {where}; allow more time, take fewer "
         "steps or ask for fewer clips at once"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -17,7 +17,6 @@ from typing import Any
 from fastscore.batching import (
     ClipFuture,
     DeadlineExceededError,
-    DeviceLostError,
     Draw,
     Job,
     QueueFullError,
@@ -30,7 +29,6 @@ from fastscore.stats import StreamRecord, StreamStats
 __all__ = [
     "ClipFuture",
     "DeadlineExceededError",
-    "DeviceLostError",
     "Draw",
     "Job",
     "Prepare",
