@@ -119,6 +119,8 @@ class Stream:
         limit = _limit("deadline", deadline)
         patience = _seconds("timeout", timeout) if timeout is not None else math.inf
         asked = {"guidance": guidance, "seed": seed, "first": first}
+        if label is not None and not isinstance(label, str):
+            raise ValueError(f"label {label!r} must be one label, or None; ask for each clip apart")
         job = self._prepare(label, **asked, steps=steps, nfe=nfe, sampler=sampler)
         future = ClipFuture(self._worker, job, now, now + limit)
         self._worker.accept(future, now + patience if block else now)

@@ -25,7 +25,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastscore import Pipeline
 from fastscore.devices import DeviceLostError
+from fastscore.engine import Options
 from fastscore.stats import OUTCOMES
 from fastscore.stream import (
     DeadlineExceededError,
@@ -881,3 +883,85 @@ class TestMemory:
         worker = weakref.ref(stream._worker)
         del stream
         assert worker() is None
+
+
+@pytest.fixture(scope="module")
+def exact(preset):
+    """A pipeline that computes clips one by one: batches change no bit."""
+    return Pipeline.from_pretrained(preset, engine=Options(deterministic=True))
+
+
+class TestPipeline:
+    def test_concurrent_callers_get_the_bits_of_their_own_call(self, exact):
+        requests = [
+            {
+                "label": (None, *exact.labels)[i % 4],
+                "guidance": i % 3 / 2,
+                "seed": i % 5,
+                "first": i % 2,
+                "steps": 2 + i % 2,
+            }
+            for i in range(24)
+        ]
+
+        def caller(options):
+            return stream.draw(**options)
+
+        with exact.stream(max_batch=3) as stream, ThreadPoolExecutor(4) as callers:
+            clips = list(callers.map(caller, requests))
+        for clip, options in zip(clips, requests, strict=True):
+            label = options.pop("label")
+            alone = exact.sample(label, **options)
+            assert torch.equal(clip.waves, alone.waves)
+            assert torch.equal(clip.mels, alone.mels)
+            assert (clip.labels, clip.guidance) == (alone.labels, alone.guidance)
+            assert (clip.seed, clip.first, clip.nfe) == (alone.seed, alone.first, alone.nfe)
+        assert stream.stats().clips == len(requests)
+
+    def test_clips_of_one_batch_agree_with_single_ones_to_rounding(self, pipe):
+        with pipe.stream(max_batch=3, max_wait=1e6) as stream:
+            futures = [stream.submit("yes", seed=i, steps=2) for i in range(3)]
+            clips = [future.result(PATIENCE) for future in futures]
+        assert stream.stats().batch_sizes == {3: 1}
+        for i, clip in enumerate(clips):
+            alone = pipe.sample("yes", seed=i, steps=2)
+            torch.testing.assert_close(clip.mels, alone.mels, rtol=1e-3, atol=1e-3)
+
+    def test_without_a_seed_every_clip_is_another(self, exact):
+        with exact.stream() as stream:
+            one, two = (stream.draw("yes", steps=2) for _ in range(2))
+        assert not torch.equal(one.waves, two.waves)
+        assert torch.equal(one.waves, exact.sample("yes", seed=one.seed, steps=2).waves)
+
+    def test_a_sample_that_diverges_fails_alone(self, pipe):
+        with pipe.stream(max_batch=2, max_wait=1e6) as stream:
+            futures = [stream.submit("yes", guidance=g, steps=3) for g in (2.0, 3e38)]
+            assert futures[0].result(PATIENCE).waves.isfinite().all()
+            with pytest.raises(ValueError, match="diverged at guidance 3e"):
+                futures[1].result(PATIENCE)
+        stats = stream.stats()
+        assert (stats.clips, stats.failed, stats.batch_sizes) == (1, 1, {2: 1})
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"label": "nobody"}, "label 'nobody' is unknown"),
+            ({"label": ["yes", "no"]}, "one label"),
+            ({"label": "yes", "sampler": "magic"}, "sampler 'magic' is unknown"),
+            ({"label": "yes", "steps": 0}, "steps 0 must be a whole number"),
+            ({"label": "yes", "seed": -1}, "seed -1 is not a whole number"),
+            ({"label": "yes", "guidance": float("nan")}, "guidance nan must be a finite"),
+        ],
+    )
+    def test_what_sample_refuses_is_refused_at_once(self, pipe, options, message):
+        with pipe.stream() as stream, pytest.raises(ValueError, match=message):
+            stream.submit(**options)
+
+    def test_a_clip_given_up_is_not_computed_to_its_end(self, preset):
+        pipe = Pipeline.from_pretrained(preset)
+        with pipe.stream() as stream:
+            future = stream.submit("yes", steps=20_000)
+            while not future.running():
+                time.sleep(0)
+            assert future.cancel()
+        assert pipe.stats()["evaluations"] == 0
