@@ -1,5 +1,6 @@
 """EDM scalings, and the denoiser against its formula written out by hand."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -14,7 +15,6 @@ from small_models import (
     keep_double,
     small_classifier,
     small_denoiser,
-    small_subnet,
 )
 from test_taps import by_autograd
 from torch import Tensor
@@ -53,10 +53,15 @@ def test_scalings_keep_input_and_target_at_unit_variance():
 
 
 def by_hand(
-    x: Tensor, sigma: Tensor, label: Tensor | None = None, gamma: Tensor | None = None
+    x: Tensor,
+    sigma: Tensor,
+    label: Tensor | None = None,
+    gamma: Tensor | None = None,
+    denoiser: TapDenoiser | None = None,
 ) -> Tensor:
     """D + gamma sigma^2 grad_x log p(y|x), the gradient taken by autograd through c_in x."""
-    classifier, subnet = small_classifier().to(x.dtype), small_subnet().to(x.dtype)
+    model = copy.deepcopy(denoiser or small_denoiser()).to(x.dtype).requires_grad_(True)
+    classifier, subnet = model.classifier, model.subnet
     s, data = sigma.numpy()[:, None, None, None], SPACE.sigma_data
     total = s**2 + data**2
     c_skip, c_out, c_in = (
