@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastscore import Pipeline
 from fastscore.config import SigmaRange
 from fastscore.inpaint import Inpainting, prefix_mask, region_mask
 from fastscore.noise import NoiseSource
@@ -220,6 +221,43 @@ def test_strength_brings_the_rest_nearer_to_the_conditional(correlated, name):
     assert means[2] < 0.9 * means[1]
     assert covariances[1] < 0.9 * covariances[0]
     assert covariances[2] < 0.9 * covariances[1]
+
+
+def test_speech_goes_on_across_the_seam():
+    """The shipped networks on a digit's first half, told to make another digit of it."""
+    pipe = Pipeline.from_pretrained("digits")
+    denoise, defaults, shape = pipe.denoiser, pipe.defaults, (2, 1, 80, 64)
+    sigmas = schedule_for(
+        "dpmpp_2m_sde",
+        12,
+        denoise.sigma_range,
+        sigma_min=defaults.sigma_min,
+        sigma_max=defaults.sigma_max,
+    )
+
+    def run(label, seeds, inpainting=None):
+        noise = NoiseSource(seeds)
+        guidance = Guidance(torch.tensor([label] * 2), 5.0, defaults.guidance_interval)
+        options = {"noise": noise, "guidance": guidance, **defaults.sampler_options}
+        x, sampler = initial_state(noise, shape, sigmas[0]), SAMPLERS["dpmpp_2m_sde"].run
+        if inpainting is None:
+            return sampler(denoise, x, sigmas, **options).x
+        return inpainting.sample(sampler, denoise, x, sigmas, **options).x
+
+    def steps(x, frame):
+        return float((x[..., frame] - x[..., frame - 1]).abs().mean())
+
+    one, eight = run(1, (1, 2)), run(8, (3, 4))
+    mask = prefix_mask(30, shape[2:])
+    drawn = run(8, (3, 4), Inpainting(one, mask))
+    assert torch.equal(drawn[..., :30], one[..., :30])
+    around = max(steps(drawn, frame) for frame in (27, 28, 29, 31, 32, 33))
+    assert steps(drawn, 30) < 1.5 * around
+    # two digits put side by side do not fit
+    assert steps(torch.where(mask, one, eight), 30) > 3 * around
+    lowest = torch.full((2,), denoise.sigma_range.min)
+    log_p = denoise.class_logits(torch.cat((one, drawn)), lowest.repeat(2)).log_softmax(1)
+    assert (log_p[2:, 8] > log_p[:2, 8] + 3).all()
 
 
 def test_masks():
