@@ -18,6 +18,10 @@ LAZY_PACKAGES = {
     "filelock",
     "lightning_fabric",
     "matplotlib",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
     "pynvml",
     "scipy",
     "speechmos",
@@ -112,6 +116,14 @@ fastscore.batching                   .devices .stats |
 fastscore.stream                     .batching .request .stats |
 fastscore.voice                      torch .config .denoiser .devices .layers .vocoder kernels | numpy .audio .hearing
 fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .noise .presets .request .results .samplers .stats .stream .subnet .vocoder .voice kernels |
+fastscore.export.draw                .config .presets .request |
+fastscore.export.graphs              torch .checkpoint .config .denoiser .layers .presets .vocoder .vocoder.spectral |
+fastscore.export.manifest            .checkpoint .config .presets |
+fastscore.export.pt2                 torch .devices .export.draw .export.graphs .export.manifest .files .request fastscore |
+fastscore.export.onnx                torch .devices .export.graphs .export.manifest .export.pt2 .results fastscore | onnx onnx_ir onnxruntime onnxscript
+fastscore.export.runtime             torch .config .devices .export.graphs .export.manifest .export.onnx .export.pt2 .presets |
+fastscore.export.pipeline            .config .devices .engine .export.runtime .pipeline .request .stats kernels |
+fastscore.export                     .export.onnx .export.pt2 .export.runtime |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |
@@ -148,11 +160,12 @@ fastscore.commands                   |
 fastscore.commands.common            | torch tqdm .pipeline
 fastscore.commands.classify          .commands.common |
 fastscore.commands.evaluate          .commands.common | .metrics.evaluate
+fastscore.commands.export            .commands.common | .engine .export .export.pipeline .export.runtime
 fastscore.commands.info              .commands.common | torch .classifier .config .cost .denoiser .pipeline .presets .subnet
 fastscore.commands.sample            .commands.common | .results
 fastscore.commands.vocode            .commands.common | .audio .devices .hearing .presets .results .vocoder
 fastscore.commands.train             | torch .checkpoint .config .data .folders .metrics.recogniser .presets .train.classifier .train.loop .train.mels .train.recogniser .train.score .train.task .train.vocoder
-fastscore.cli                        .commands.classify .commands.evaluate .commands.info .commands.sample .commands.train .commands.vocode | fastscore
+fastscore.cli                        .commands.classify .commands.evaluate .commands.export .commands.info .commands.sample .commands.train .commands.vocode | fastscore
 fastscore.__main__                   .cli |
 """  # noqa: E501
 
