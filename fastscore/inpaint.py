@@ -46,7 +46,7 @@ class Inpainting:
         if mask.dtype != torch.bool:
             raise ValueError(f"the inpainting mask is {mask.dtype}; pass torch.bool, True = known")
         shape = _common_shape(known, mask)
-        self.strength = float(strength)
+        self.strength: float | Tensor = float(strength)
         self.mask = mask.to(known.device).expand(shape)
         kept = self.mask.flatten(1)
         if not kept.any():
@@ -59,6 +59,14 @@ class Inpainting:
             raise ValueError(
                 f"{bad} of {int(self.mask.sum())} known values are not finite; mask them out"
             )
+
+    @classmethod
+    def over(cls, known: Tensor, mask: Tensor, strength: float | Tensor) -> Inpainting:
+        """Of values, a mask and a strength that change in place, as buffers do, and are not looked
+        at: that would wait for the device. Values must be finite outside the mask too."""
+        other = object.__new__(cls)
+        other.known, other.mask, other.strength = known, mask, strength
+        return other
 
     def to(self, device: torch.device | str) -> Inpainting:
         """The same on another device."""
@@ -110,9 +118,7 @@ class Inpainting:
         return replace(drawn, x=self.finish(drawn.x))
 
     def _with(self, known: Tensor, mask: Tensor) -> Inpainting:
-        other = object.__new__(Inpainting)
-        other.known, other.mask, other.strength = known, mask, self.strength
-        return other
+        return Inpainting.over(known, mask, self.strength)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1:] != self.known.shape[1:] or len(self.known) not in (1, len(x)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 import time
@@ -21,6 +22,7 @@ from fastscore.config import MelSpace, SigmaRange, to_dict
 from fastscore.denoiser import TapDenoiser
 from fastscore.devices import BATCH_SIZES, check_precision, fp32_products, usable_device
 from fastscore.engine import BatchWatcher, Clips, Drawn, Engine, Model, Options, Task, joined
+from fastscore.inpaint import Inpainting
 from fastscore.noise import SEED_LIMIT
 from fastscore.presets import Defaults, load_parts
 from fastscore.request import Labels, Request, Strengths, Ticket, make_request, whole
@@ -151,6 +153,8 @@ class Pipeline(Voice):
         interval: tuple[float, float] | None = None,
         seed: int = 0,
         first: int = 0,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
         batch_size: int | None = None,
         callback: Callable[[Progress], Any] | None = None,
     ) -> Result:
@@ -165,6 +169,10 @@ class Pipeline(Voice):
         first=i)`` draws it again. To the bit so where samples are computed one by one, as they are
         with a ``batch_size`` of 1 and by a deterministic engine; in batches the last bits depend on
         the size of the batch and on what else is in it.
+
+        ``known`` and ``mask`` keep a part of the Mels and draw the rest to it: natural-log Mels
+        [n_mels, frames] or one for each sample, and bool of such a shape, True where they are kept
+        (`fastscore.inpaint.prefix_mask`, `region_mask`).
 
         ``callback`` gets a ``Progress`` after every step; returning False cancels with
         SamplingCancelledError. Raises ValueError for arguments out of range and an unknown label.
@@ -186,7 +194,8 @@ class Pipeline(Voice):
             batch_size=self.batch_size if batch_size is None else batch_size,
         )
         watch = callback and self._reporter(asked, callback)
-        drawn = self._draw(asked.task, asked.clips(), asked.batch_size, watch)
+        clips = asked.clips(self._inpainting(known, mask, len(asked.ids)))
+        drawn = self._draw(asked.task, clips, asked.batch_size, watch)
         return self._result(asked, drawn, slice(None))
 
     def stream(
@@ -288,6 +297,28 @@ class Pipeline(Voice):
             drawn = self.engine.draw(task, clips, max_batch=batch_size, watch=watch)
         self._latency.add(time.perf_counter() - start)
         return drawn
+
+    def _inpainting(
+        self, known: Tensor | None, mask: Tensor | None, count: int
+    ) -> Inpainting | None:
+        """What ``sample`` is told of the Mels, normalised; ValueError where it does not fit."""
+        if known is None and mask is None:
+            return None
+        if known is None or mask is None:
+            raise ValueError("known and mask belong together; give both or neither")
+        shape = (self.mel_config.n_mels, self.frames)
+        for name, value in (("known", known), ("mask", mask)):
+            if tuple(value.shape[-2:]) != shape or value.numel() not in (
+                math.prod(shape),
+                count * math.prod(shape),
+            ):
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; {shape}, or one for each of the "
+                    f"{count} samples, is needed"
+                )
+        space = self.denoiser.space
+        normalised = (known.detach().cpu().float() - space.mean) / space.std
+        return Inpainting(normalised.view(-1, 1, *shape), mask.cpu().view(-1, 1, *shape))
 
     def _result(self, asked: Request, drawn: Drawn, part: slice) -> Result:
         """Result of the ``part`` of what was drawn that ``asked`` asks for."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastscore.config import SigmaRange
 from fastscore.engine import Clips, Task
+from fastscore.inpaint import Inpainting
 from fastscore.noise import seed_tensor
 from fastscore.presets import Defaults, check_interval
 from fastscore.samplers import SamplerSpec, sampler_named, schedule_for
@@ -42,7 +43,7 @@ class Request:
         """How the engine is to draw."""
         return Task(self.spec, self.sigmas, self.options, self.interval)
 
-    def clips(self, known: Tensor | None = None, mask: Tensor | None = None) -> Clips:
+    def clips(self, inpainting: Inpainting | None = None) -> Clips:
         """What the engine is to draw; without a label or without strength a clip is unguided."""
         strong = zip(self.ids, self.gammas, strict=True)
         return Clips(
@@ -50,8 +51,7 @@ class Request:
             gammas=self.gammas,
             seeds=[self.seed] * len(self.ids),
             numbers=list(range(self.first, self.first + len(self.ids))),
-            known=known,
-            mask=mask,
+            inpainting=inpainting,
         )
 
 

@@ -10,9 +10,10 @@ from fastscore_kernels import resolve
 from torch import Tensor
 
 from fastscore.config import MelConfig
-from fastscore.denoiser import TapDenoiser
+from fastscore.denoiser import TapDenoiser, set_precision
 from fastscore.devices import check_precision, usable_device
 from fastscore.layers import set_backend
+from fastscore.packed import obstacle, pack
 from fastscore.vocoder import Generator, render, vocode
 
 if TYPE_CHECKING:
@@ -45,11 +46,10 @@ class Voice:
         _check_shapes(denoiser, self.mel_config)
         denoiser = denoiser.eval().requires_grad_(False)
         self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
-        if precision == "bf16":
-            from fastscore.denoiser import set_precision
-
-            set_precision(self.denoiser, "bf16")
+        set_precision(self.denoiser, "bf16" if precision == "bf16" else "fp32")
         set_backend(self.denoiser, self.backend)
+        if self.backend == "native" and not obstacle(self.denoiser):
+            pack(self.denoiser)
         self.vocoder = vocoder.eval().requires_grad_(False).to(self.device)
         self._front_end: LogMel | None = None
 

@@ -11,6 +11,7 @@ from small_models import small_denoiser
 
 from fastscore.devices import DeviceLostError
 from fastscore.engine import Clips, Engine, GraphPool, Model, Options, Rerun, Task
+from fastscore.inpaint import Inpainting
 from fastscore.samplers import SAMPLERS, SamplingCancelledError, schedule_for
 
 SHAPE = (1, 16, 24)
@@ -105,6 +106,36 @@ class TestBits:
 
 def vars_of(clips):
     return clips.labels, clips.gammas, clips.seeds, clips.numbers
+
+
+class TestInpainting:
+    @pytest.mark.parametrize("name", ["euler", "dpmpp_2m_sde", "heun", "unipc"])
+    @pytest.mark.parametrize("rows", [1, 7])
+    def test_what_is_known_comes_out(self, denoiser, name, rows):
+        rng = torch.Generator().manual_seed(3)
+        known = torch.randn(rows, *SHAPE, generator=rng)
+        mask = torch.rand(rows, *SHAPE, generator=rng) < 0.4
+        task = task_of(name, denoiser)
+        clips = replace(CLIPS, inpainting=Inpainting(known, mask))
+        shown = []
+        results = [
+            engine.draw(task, clips, watch=watch, max_batch=4).outputs[0]
+            for engine in (engine_of(denoiser), engine_of(denoiser, Rerun(), buckets=(3, 4)))
+            for watch in (None, lambda start, n, step, x, x0: shown.append((start, n, x0.clone())))
+        ]
+        for result in results:
+            assert torch.equal(result, results[0])
+            assert torch.equal(
+                result[mask.expand(7, -1, -1, -1)],
+                known.expand(7, -1, -1, -1)[mask.expand(7, -1, -1, -1)],
+            )
+        for start, count, x0 in shown:
+            where = mask.expand(7, -1, -1, -1)[start : start + count]
+            assert torch.equal(x0[where], known.expand(7, -1, -1, -1)[start : start + count][where])
+        free = engine_of(denoiser).draw(task, CLIPS).outputs[0]
+        assert not torch.allclose(
+            results[0][~mask.expand(7, -1, -1, -1)], free[~mask.expand(7, -1, -1, -1)], atol=1e-3
+        )
 
 
 class TestPrograms:

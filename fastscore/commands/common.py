@@ -42,6 +42,27 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """--precision, --mode and --deterministic."""
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        metavar="NAME",
+        help="products in fp32, tf32 (GPU) or bf16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mode",
+        default="eager",
+        metavar="NAME",
+        help="eager, compile (torch.compile) or graphs (CUDA graphs) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="compute samples one by one: their bits then depend on nothing else",
+    )
+
+
 def set_threads(threads: int | None) -> None:
     """Apply --threads; ValueError below 1."""
     if threads is None:
@@ -54,12 +75,21 @@ def set_threads(threads: int | None) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, batch_size: int | None = None) -> Pipeline:
-    """Pipeline of --preset on --device with --backend and --threads."""
+    """Pipeline of --preset on --device, with what `add_engine` and the rest of them say."""
     set_threads(args.threads)
+    from fastscore.engine import Options
     from fastscore.pipeline import Pipeline
 
+    options = Options(
+        mode=getattr(args, "mode", "eager"), deterministic=getattr(args, "deterministic", False)
+    )
     return Pipeline.from_pretrained(
-        args.preset, device=args.device, batch_size=batch_size, backend=args.backend
+        args.preset,
+        device=args.device,
+        batch_size=batch_size,
+        backend=args.backend,
+        precision=getattr(args, "precision", "fp32"),
+        engine=options,
     )
 
 

@@ -7,20 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastscore.commands.common import (
+    DEFAULT_PRESET,
     Bar,
     Stopwatch,
     add_backend,
+    add_engine,
     add_machine,
     add_preset,
     load_pipeline,
 )
+from fastscore.commands.export import add_runtime, load_runtime
 
 if TYPE_CHECKING:
+    from fastscore.pipeline import Pipeline
     from fastscore.results import Result
 
 # more paths than this are not all listed
 _MOST_PATHS = 12
 _OTHER_AUDIO = (".mp3", ".flac", ".ogg", ".opus", ".m4a")
+
+
+class _Unnamed(str):
+    """The default preset where none was named: an exported model need not be of it."""
 
 
 def add_parser(commands: Any) -> None:
@@ -57,6 +65,9 @@ def add_parser(commands: Any) -> None:
     effort.add_argument("--steps", type=int, help="solver steps (default: the preset's)")
     effort.add_argument("--nfe", type=int, help="most evaluations of the denoiser a sample")
     parser.add_argument("--sampler", metavar="NAME", help="solver (default: the preset's)")
+    parser.add_argument(
+        "--schedule", metavar="NAME", help="spacing of noise levels (default: the preset's)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="0 to 2^63 - 1 (default: 0)")
     parser.add_argument("--first", type=int, default=0, help="number of the first sample")
     parser.add_argument(
@@ -68,7 +79,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_machine(parser)
     add_backend(parser)
-    parser.set_defaults(run=run)
+    add_engine(parser)
+    add_runtime(parser)
+    parser.set_defaults(run=run, preset=_Unnamed(DEFAULT_PRESET))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     # made first: a place that cannot be written is known before any work
     with staged_folder(folder) as stage:
         watch.lap("import")
-        pipeline = load_pipeline(args, args.batch_size)
+        pipeline = _load(args)
         watch.lap("load")
         pipeline.warmup()
         watch.lap("warm-up")
@@ -94,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
                 steps=args.steps,
                 nfe=args.nfe,
                 sampler=args.sampler,
+                schedule=args.schedule,
                 interval=args.interval and tuple(args.interval),
                 seed=args.seed,
                 first=args.first,
@@ -103,6 +117,12 @@ def run(args: argparse.Namespace) -> None:
         names = write_result(result, stage, args.plot, stem)
     watch.lap("writing")
     _report(result, [str(folder / name) for name in names], watch)
+
+
+def _load(args: argparse.Namespace) -> Pipeline:
+    if args.runtime is not None or args.model is not None:
+        return load_runtime(args, None if isinstance(args.preset, _Unnamed) else args.preset)
+    return load_pipeline(args, args.batch_size)
 
 
 def _target(out: Path, count: int) -> tuple[Path, str | None]:

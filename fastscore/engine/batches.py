@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastscore.inpaint import Inpainting
+
+# columns of clips, and their types as a batch reads them
+_COLUMNS = {
+    "labels": torch.int64,
+    "gammas": torch.float32,
+    "seeds": torch.int64,
+    "numbers": torch.int64,
+}
 
 
 @dataclass(frozen=True)
 class Clips:
     """A label index (-1: unguided), a strength, a seed and a sample number for each clip.
 
-    ``known`` and ``mask`` [n, ...], both or neither, are what is given of each clip and where.
+    ``inpainting`` is what is known of them.
     """
 
     labels: Sequence[int]
     gammas: Sequence[float]
     seeds: Sequence[int]
     numbers: Sequence[int]
-    known: Tensor | None = None
-    mask: Tensor | None = None
+    inpainting: Inpainting | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, part: slice) -> Clips:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Clips(*(None if value is None else value[part] for value in values))
+        known = self.inpainting
+        return Clips(
+            *(getattr(self, name)[part] for name in _COLUMNS),
+            inpainting=known and known.rows(range(len(self))[part]),
+        )
 
     @property
     def guided(self) -> bool:
@@ -38,27 +50,24 @@ class Clips:
 
     def tensors(self, size: int) -> dict[str, Tensor]:
         """What a batch of ``size`` reads, the last clip repeated where there are fewer."""
-        missing = size - len(self)
-        labels, gammas, seeds, numbers = (
-            [*values, *itertools.repeat(values[-1], missing)]
-            for values in (self.labels, self.gammas, self.seeds, self.numbers)
-        )
+        rows = [*range(len(self)), *itertools.repeat(len(self) - 1, size - len(self))]
         found = {
-            "label": torch.tensor(labels, dtype=torch.int64),
-            "gamma": torch.tensor(gammas, dtype=torch.float32),
-            "seeds": torch.tensor(seeds, dtype=torch.int64),
-            "numbers": torch.tensor(numbers, dtype=torch.int64),
+            name: torch.tensor([getattr(self, name)[row] for row in rows], dtype=dtype)
+            for name, dtype in _COLUMNS.items()
         }
-        for name, value in (("known", self.known), ("mask", self.mask)):
-            if value is not None:
-                found[name] = torch.cat((value, value[-1:].expand(missing, *value.shape[1:])))
+        if self.inpainting is not None:
+            known = self.inpainting.rows(rows)
+            found |= {
+                "known": known.known.expand(size, *known.known.shape[1:]),
+                "mask": known.mask.expand(size, *known.mask.shape[1:]),
+                "strength": torch.as_tensor(known.strength, dtype=torch.float32),
+            }
         return found
 
 
 def joined(parts: Sequence[Clips]) -> Clips:
     """Clips of several, none of which is known in part."""
-    names = ("labels", "gammas", "seeds", "numbers")
-    return Clips(*(list(itertools.chain(*(getattr(p, name) for p in parts))) for name in names))
+    return Clips(*(list(itertools.chain(*(getattr(p, name) for p in parts))) for name in _COLUMNS))
 
 
 def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastscore.engine.programs import Buffers, Program, ProgramCache
 from fastscore.engine.recorders import Recorder
+from fastscore.inpaint import Inpainting
 from fastscore.noise import NoiseSource
 from fastscore.samplers import SamplerSpec
 from fastscore.solver import Guidance
@@ -27,7 +28,7 @@ from fastscore.trajectory import (
 
 # x0 [B, ...] to what is made of it
 Finish = Callable[[Tensor], tuple[Tensor, ...]]
-_CONDITIONS = ("label", "gamma", "seeds", "numbers", "known", "mask")
+_KNOWN = ("known", "mask", "strength")
 
 
 @dataclass(frozen=True)
@@ -66,30 +67,47 @@ class Model:
     device: torch.device
     backend: str | None = None
 
+    def inpainting(self, batch: Buffers) -> Inpainting | None:
+        """What is known of the clips."""
+        if "known" not in batch:
+            return None
+        return Inpainting.over(*(batch[name] for name in _KNOWN))
+
     def conditioned(self, batch: Buffers) -> Denoiser:
         """The denoiser, told what is known of the clips."""
-        if "known" not in batch:
-            return self.denoise
-        from fastscore.inpaint import Inpainting
+        known = self.inpainting(batch)
+        return self.denoise if known is None else known.around(self.denoise)
 
-        return Inpainting(self.denoise, batch["known"], batch["mask"])
+    def completed(self, x0: Tensor, batch: Buffers) -> Tensor:
+        """x0 [B, ...] with what is known of the clips in its place."""
+        known = self.inpainting(batch)
+        return x0 if known is None else known.finish(x0)
+
+    def watcher(self, watch: Watcher | None, batch: Buffers) -> Watcher | None:
+        """``watch``, shown what is known of the clips in its place."""
+        if watch is None or "known" not in batch:
+            return watch
+        return lambda step, x, x0: watch(step, x, self.completed(x0, batch))
 
     def setting(self, batch: Buffers) -> Setting:
         """Setting of a trajectory over the tensors of a batch."""
         noise = NoiseSource.over(batch["seeds"], batch["numbers"])
         denoise = self.conditioned(batch)
-        return Setting(denoise, batch["label"], batch["gamma"], noise, backend=self.backend)
+        return Setting(denoise, batch["labels"], batch["gammas"], noise, backend=self.backend)
 
     def start(self, batch: Buffers, sigma: Tensor | float) -> Tensor:
         """Initial state [B, ...] fp32."""
         noise = NoiseSource.over(batch["seeds"], batch["numbers"])
-        return noise.initial((len(batch["seeds"]), *self.shape), self.backend) * sigma
+        x = noise.initial((len(batch["seeds"]), *self.shape), self.backend) * sigma
+        known = self.inpainting(batch)
+        return x if known is None else known.start(x)
 
     def follow(self, batch: Buffers, kinds: tuple[Kind, ...], watch: Watcher | None) -> Tensor:
         """x0 at the end of the course in ``batch["table"]``."""
         table = batch["table"]
         start = self.start(batch, table[0, 0])
-        return trajectory(self.setting(batch), kinds, table, start, watch)
+        watch = self.watcher(watch, batch)
+        return self.completed(trajectory(self.setting(batch), kinds, table, start, watch), batch)
 
     def loop(
         self, task: Task, batch: Buffers, guided: bool, denoise: Denoiser, watch: Watcher | None
@@ -97,7 +115,8 @@ class Model:
         """x0 by a sampler that is no plan; ``denoise`` is conditioned already."""
         guidance = Guidance()
         if guided:
-            guidance = Guidance(batch["label"], batch["gamma"], task.interval)
+            guidance = Guidance(batch["labels"], batch["gammas"], task.interval)
+        watch = self.watcher(watch, batch)
         found = task.spec.run(
             denoise,
             self.start(batch, task.sigmas[0]),
@@ -107,7 +126,7 @@ class Model:
             callback=watch and (lambda step, sigma, x, x0: watch(step, x, x0)),
             **task.options,
         )
-        return found.x
+        return self.completed(found.x, batch)
 
 
 class Runner(Protocol):
@@ -206,10 +225,12 @@ class Recording:
         def last(x: Tensor) -> Tensor:
             denoise = self._denoiser(batch)
             sigma = table[-1, :1].repeat(len(x))
-            conditions = (batch["label"], batch["gamma"]) if kinds[-1].guided else (None, None)
+            conditions = (batch["labels"], batch["gammas"]) if kinds[-1].guided else (None, None)
             return denoise(x, sigma, *conditions)
 
-        return follow(start, len(kinds), advance, last, watch)
+        known = {name: batch[name].to(model.device) for name in _KNOWN if name in batch}
+        x0 = follow(start, len(kinds), advance, last, model.watcher(watch, known))
+        return model.completed(x0, known)
 
     def _loop(self, task: Task, batch: Buffers, guided: bool, watch: Watcher | None) -> Tensor:
         device = self._model.device
@@ -227,7 +248,7 @@ class Recording:
             inputs = {"x": x, "sigma": sigma}
             if label is not None and gamma is not None:
                 inputs |= {"label": label, "gamma": gamma}
-            inputs |= {name: batch[name] for name in ("known", "mask") if name in batch}
+            inputs |= {name: batch[name] for name in _KNOWN if name in batch}
             return self._run("denoise", evaluate, inputs)[0]
 
         # churn may not lift a level above it
