@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -45,7 +45,8 @@ class Defaults:
 
     ``guidance`` is gamma; ``guidance_interval`` (low, high) in sigma limits it, None is everywhere.
     ``schedule``, ``sigma_min`` and ``sigma_max`` None are the sampler's own schedule over the
-    trained range. ``sampler_options`` are further keywords of that sampler, such as eta.
+    trained range. ``sampler_options`` and ``schedule_options`` are further keywords of that sampler
+    and schedule, such as eta and leap.
     """
 
     sampler: str = "euler_ancestral"
@@ -56,16 +57,12 @@ class Defaults:
     sigma_min: float | None = None
     sigma_max: float | None = None
     sampler_options: dict[str, Any] = field(default_factory=dict)
+    schedule_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = set(inspect.signature(sampler_named(self.sampler).run).parameters)
-        known -= {"denoise", "x", "sigmas", "common", *Common.__annotations__}
-        for name in self.sampler_options:
-            if name not in known:
-                raise ValueError(
-                    f"sampler {self.sampler} has no option {name!r}; it has "
-                    f"{', '.join(sorted(known)) or 'none'}"
-                )
+        spec = sampler_named(self.sampler)
+        taken = {"denoise", "x", "sigmas", "common", *Common.__annotations__}
+        _check_options(f"sampler {self.sampler}", spec.run, taken, self.sampler_options)
         if self.nfe < 1:
             raise ValueError(f"nfe {self.nfe} must be at least 1 evaluation")
         if not 0 <= self.guidance < math.inf:
@@ -75,6 +72,21 @@ class Defaults:
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}"
+            )
+        name = self.schedule or spec.schedule
+        taken = {"n", "sigma_min", "sigma_max", "sde"}
+        _check_options(f"schedule {name}", SCHEDULES[name], taken, self.schedule_options)
+
+
+def _check_options(
+    what: str, function: Callable[..., Any], taken: set[str], options: Mapping[str, Any]
+) -> None:
+    """ValueError for an option that ``function`` has not, apart from those that are ``taken``."""
+    known = set(inspect.signature(function).parameters) - taken
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"{what} has no option {name!r}; it has {', '.join(sorted(known)) or 'none'}"
             )
 
 

@@ -96,6 +96,7 @@ def make_request(
         schedule=defaults.schedule if own and schedule is None else schedule,
         sigma_min=defaults.sigma_min,
         sigma_max=defaults.sigma_max,
+        options=defaults.schedule_options if own and schedule is None else None,
     )
     interval = defaults.guidance_interval if interval is None else interval
     ids = _label_ids(known, labels, n)

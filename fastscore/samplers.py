@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -38,6 +38,7 @@ from fastscore.sde import (
     cosine_sigmas,
     exponential_sigmas,
     karras_sigmas,
+    leap_sigmas,
     uniform_sigmas,
 )
 from fastscore.solver import (
@@ -318,10 +319,11 @@ def _square_norm(x: Tensor) -> Tensor:
     return rest.view(-1, *[1] * (x.ndim - 1))
 
 
-# named sigma schedules: (steps, sigma_min, sigma_max) -> levels
-SCHEDULES: dict[str, Callable[[int, float, float], tuple[float, ...]]] = {
+# named sigma schedules: (steps, sigma_min, sigma_max, options of its own) -> levels
+SCHEDULES: dict[str, Callable[..., tuple[float, ...]]] = {
     "karras": karras_sigmas,
     "exponential": exponential_sigmas,
+    "leap": leap_sigmas,
     "vp_linear": functools.partial(uniform_sigmas, sde=VP()),
     "cosine": cosine_sigmas,
     # the earlier name of vp_linear
@@ -407,13 +409,14 @@ def schedule_for(
     schedule: str | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    options: Mapping[str, float] | None = None,
 ) -> tuple[float, ...]:
     """The finest schedule with which ``sampler`` needs at most ``nfe`` denoiser evaluations.
 
     From sigma_max (default: the trained maximum) to sigma_min (default: the trained minimum) and 0,
-    by ``schedule`` (one of `SCHEDULES`; default: the sampler's own). A sampler of two evaluations a
-    step uses one less than an even ``nfe``. ValueError for nfe < 1, an unknown name or a level
-    outside the trained range.
+    by ``schedule`` (one of `SCHEDULES`; default: the sampler's own) with its ``options``. A sampler
+    of two evaluations a step uses one less than an even ``nfe``. ValueError for nfe < 1, an unknown
+    name or a level outside the trained range.
     """
     spec = sampler_named(sampler) if isinstance(sampler, str) else sampler
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
@@ -424,4 +427,4 @@ def schedule_for(
     kind = spec.schedule if schedule is None else schedule
     if kind not in SCHEDULES:
         raise ValueError(f"schedule {kind!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-    return check_sigmas(SCHEDULES[kind](n, low, high), trained)
+    return check_sigmas(SCHEDULES[kind](n, low, high, **(options or {})), trained)

@@ -244,6 +244,26 @@ def exponential_sigmas(n: int, sigma_min: float, sigma_max: float) -> tuple[floa
     return _finish([math.exp(high + u * (low - high)) for u in _ramp(n)], sigma_min, sigma_max)
 
 
+def leap_sigmas(n: int, sigma_min: float, sigma_max: float, leap: float = 0.3) -> tuple[float, ...]:
+    """sigma_max, then n - 1 decreasing levels from leap sigma_max to sigma_min, uniform in log, 0.
+
+    One evaluation among noise that hides everything finds the data's mean, and more of them there
+    find nothing else: few steps are better spent below. ValueError also unless sigma_min < leap
+    sigma_max < sigma_max.
+    """
+    _check_schedule(n, sigma_min, sigma_max)
+    if not sigma_min < leap * sigma_max < sigma_max:
+        raise ValueError(
+            f"leap {leap} must lead from sigma_max {sigma_max} to a level above sigma_min "
+            f"{sigma_min}; 0.3 is usual"
+        )
+    if n == 1:
+        return _finish([sigma_max], sigma_min, sigma_max)
+    low, high = math.log(sigma_min), math.log(leap * sigma_max)
+    rest = [math.exp(high + u * (low - high)) for u in _ramp(n - 1)]
+    return _finish([sigma_max, *rest], sigma_min, sigma_max)
+
+
 def uniform_sigmas(n: int, sigma_min: float, sigma_max: float, sde: SDE) -> tuple[float, ...]:
     """n decreasing levels from sigma_max to sigma_min, uniform in the time t of ``sde``, then 0."""
     _check_schedule(n, sigma_min, sigma_max)

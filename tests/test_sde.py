@@ -17,6 +17,7 @@ from fastscore.sde import (
     cosine_sigmas,
     exponential_sigmas,
     karras_sigmas,
+    leap_sigmas,
     uniform_sigmas,
 )
 
@@ -162,6 +163,7 @@ def test_bad_processes(make):
 
 SCHEDULES = [
     karras_sigmas,
+    leap_sigmas,
     exponential_sigmas,
     cosine_sigmas,
     lambda n, low, high: cosine_sigmas(n, low, high, offset=0.0),
@@ -255,3 +257,18 @@ def test_unusable_schedules(sigmas, message):
 def test_bad_rho():
     with pytest.raises(ValueError, match="rho 0"):
         karras_sigmas(5, 0.01, 40.0, rho=0)
+
+
+class TestLeap:
+    def test_leaps_once_and_is_uniform_below(self):
+        levels = leap_sigmas(8, 0.08, 20.0, leap=0.3)
+        assert (levels[0], levels[1], levels[-2], levels[-1]) == (20.0, pytest.approx(6), 0.08, 0)
+        ratios = [a / b for a, b in itertools.pairwise(levels[1:-1])]
+        assert ratios == pytest.approx([75 ** (1 / 6)] * 6)
+        assert leap_sigmas(1, 0.08, 20.0) == (20.0, 0.0)
+        assert leap_sigmas(2, 0.08, 20.0) == (20.0, 0.08, 0.0)
+
+    @pytest.mark.parametrize("leap", [0.0, 0.004, 1.0, 2.0, float("nan")])
+    def test_refuses_to_leap_nowhere(self, leap):
+        with pytest.raises(ValueError, match=r"leap .* must lead .* 0\.3 is usual"):
+            leap_sigmas(8, 0.08, 20.0, leap=leap)
