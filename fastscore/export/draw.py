@@ -25,11 +25,19 @@ def draw_text(
     sigma: SigmaRange,
     defaults: Defaults,
     device: str,
+    torch: str,
+    processor: tuple[str, ...],
 ) -> str:
-    """The lines; without plans where the preset's sampler follows none."""
+    """The lines; without plans where the preset's sampler follows none.
+
+    The graphs are compiled for ``device``, release ``torch`` of PyTorch and instruction sets
+    ``processor``.
+    """
     lines = [
         FORMAT,
         f"device {device}",
+        f"torch {torch}",
+        f"processor {' '.join(processor)}",
         f"sample_rate {mel.sample_rate}",
         f"bands {mel.n_mels}",
         f"frames {space.frames}",

@@ -116,6 +116,11 @@ def _compile(
 _OPTIONS = {"aot_inductor.package": True, "cpp.dynamic_threads": True}
 
 
+def release(version: str) -> str:
+    """Major and minor number of a version."""
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
 def _archive(model: Model, files: dict[str, list[str]], max_batch: int) -> bytes:
     from torch.export.pt2_archive._package import package_pt2
 
@@ -124,7 +129,12 @@ def _archive(model: Model, files: dict[str, list[str]], max_batch: int) -> bytes
     processor = instruction_sets()
     manifest = make_manifest("pt2", model, max_batch, versions, processor=processor)
     labels = parts.classifier.config.labels
-    text = draw_text(labels, parts.mel, parts.space, parts.sigma, parts.defaults, kind)
+    text = draw_text(
+        *(labels, parts.mel, parts.space, parts.sigma, parts.defaults),
+        device=kind,
+        torch=release(torch.__version__),
+        processor=processor,
+    )
     buffer = io.BytesIO()
     package_pt2(
         buffer, aoti_files=files, extra_files={MANIFEST_FILE: manifest.text(), DRAW_FILE: text}

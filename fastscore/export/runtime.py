@@ -28,7 +28,7 @@ from fastscore.export.manifest import (
 )
 from fastscore.export.onnx import MANIFEST_FILE as ONNX_MANIFEST
 from fastscore.export.onnx import graph_file, open_graphs
-from fastscore.export.pt2 import MANIFEST_FILE
+from fastscore.export.pt2 import MANIFEST_FILE, release
 from fastscore.presets import Defaults, load_parts
 
 # tensors of a batch to the one that a graph makes of them
@@ -252,7 +252,7 @@ def _pt2_manifest(path: Path) -> Manifest:
 
 
 def _pt2_graphs(path: Path, manifest: Manifest, device: torch.device) -> dict[str, Graph]:
-    ours, theirs = _release(torch.__version__), _release(manifest.versions.get("torch", "unknown"))
+    ours, theirs = release(torch.__version__), release(manifest.versions.get("torch", "unknown"))
     if ours != theirs:
         raise ValueError(
             f"{path} was compiled for torch {theirs}, and this is torch {ours}; export the model "
@@ -296,8 +296,3 @@ def _onnx_manifest(folder: Path) -> Manifest:
                 "the model again"
             )
     return manifest
-
-
-def _release(version: str) -> str:
-    """Major and minor number of a version."""
-    return ".".join(version.split("+")[0].split(".")[:2])
