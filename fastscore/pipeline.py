@@ -279,6 +279,7 @@ class Pipeline(Voice):
             "device": str(self.device),
             "backend": self.backend,
             "precision": self.precision,
+            "packed": self.packed,
             "engine": to_dict(self.engine.options),
             "batch_size": self.batch_size,
             "labels": list(self.labels),

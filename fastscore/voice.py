@@ -48,7 +48,9 @@ class Voice:
         self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
         set_precision(self.denoiser, "bf16" if precision == "bf16" else "fp32")
         set_backend(self.denoiser, self.backend)
-        if self.backend == "native" and not obstacle(self.denoiser):
+        # convolutions whose weights are laid out for the CPU once, not in every call
+        self.packed = self.backend == "native" and not obstacle(self.denoiser)
+        if self.packed:
             pack(self.denoiser)
         self.vocoder = vocoder.eval().requires_grad_(False).to(self.device)
         self._front_end: LogMel | None = None

@@ -1,0 +1,126 @@
+"""CUDA graphs of the engine: the bits of eager drawing, no waiting, no memory asked for."""
+
+import pytest
+import torch
+from small_presets import write_preset
+
+from fastscore import Pipeline
+from fastscore.engine import CudaGraphs, Engine, GraphPool, Model, Options
+from fastscore.request import make_request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LABELS = ["yes", None, "no", "up", "down"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_preset(tmp_path_factory.mktemp("preset") / "small")
+
+
+def pipeline(folder, **options):
+    return Pipeline.from_pretrained(
+        folder, device="cuda", backend="triton", engine=Options(**options)
+    )
+
+
+@pytest.fixture(scope="module")
+def eager(folder):
+    return pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def graphs(folder):
+    return pipeline(folder, mode="graphs", buckets=(1, 2, 8))
+
+
+def asked_of(pipe, **options):
+    return make_request(
+        pipe.defaults, pipe.denoiser.sigma_range, pipe.labels, batch_size=8, **options
+    )
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde", "unipc", "heun", "pc_vp"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_replays_have_the_bits_of_eager_drawing(eager, graphs, sampler, watched):
+    seen = []
+    options = {"sampler": sampler, "nfe": 5, "batch_size": 8, "seed": 3}
+    expected = eager.sample([*LABELS, None, "yes", "no"], **options)
+    for _ in range(2):
+        callback = seen.append if watched else None
+        found = graphs.sample([*LABELS, None, "yes", "no"], callback=callback, **options)
+        assert torch.equal(found.mels, expected.mels)
+        assert torch.equal(found.waves, expected.waves)
+    assert bool(seen) == watched
+
+
+def test_deterministic_clips_have_one_set_of_bits(folder, eager):
+    exact = pipeline(folder, mode="graphs", deterministic=True)
+    alone = torch.cat([eager.sample(k, first=i, nfe=4).waves for i, k in enumerate(LABELS)])
+    for size in (1, 3, 8):
+        assert torch.equal(exact.sample(LABELS, nfe=4, batch_size=size).waves, alone)
+
+
+def test_a_replay_reads_nothing_of_the_last_one(folder):
+    pipe = pipeline(folder, mode="graphs", buckets=(2,))
+    first = pipe.sample(["yes", None], nfe=4, batch_size=2)
+    for program in pipe.engine._programs._programs.values():
+        for t in (*program.recorded.outputs, *program.buffers.values()):
+            t.fill_(torch.nan if t.is_floating_point() else 0)
+    assert torch.equal(pipe.sample(["yes", None], nfe=4, batch_size=2).waves, first.waves)
+
+
+def test_steady_state_waits_for_nothing_and_allocates_nothing(graphs):
+    asked = asked_of(graphs, labels=["yes", None], nfe=5)
+    batch = asked.clips().tensors(2)
+    runner = graphs.engine._runner
+    with torch.no_grad():
+        runner.finish(runner.draw(asked.task, batch, True, None))
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["num_device_alloc"]
+        replays = graphs.stats()["replays"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                runner.finish(runner.draw(asked.task, batch, True, None))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
+    # a trajectory with its vocoder is one replay
+    assert graphs.stats()["replays"] == replays + 20
+
+
+def test_warming_up_tells_seconds_and_memory(folder):
+    pipe = pipeline(folder, mode="graphs", buckets=(1, 2, 4))
+    took = pipe.warmup((1, 2, 4))
+    assert took["programs"] == 6
+    assert took["record_seconds"] > 0
+    assert took["graph_memory"] > 0
+    recorded = pipe.stats()["recorded"]
+    for count in (1, 2, 3):
+        pipe.sample(LABELS[:count], batch_size=4)
+    assert pipe.stats()["recorded"] == recorded
+
+
+def test_engines_do_not_share_a_pool(eager):
+    pool = GraphPool()
+    shape = (1, eager.mel_config.n_mels, eager.frames)
+    model = Model(eager.denoiser, eager.finish, shape, eager.device, eager.backend)
+    engine = Engine(
+        model, Options(mode="graphs"), recorder=CudaGraphs(eager.device, pool), pool=pool
+    )
+    with pytest.raises(ValueError, match="belongs to another engine"):
+        Engine(model, Options(mode="graphs"), pool=pool)
+    engine.close()
+
+
+def test_tf32_is_stated_and_left_as_it_was(folder):
+    before = torch.backends.cudnn.conv.fp32_precision
+    for precision in ("fp32", "tf32"):
+        pipe = Pipeline.from_pretrained(folder, device="cuda", precision=precision)
+        assert pipe.describe()["precision"] == precision
+        pipe.sample("yes", nfe=2)
+        assert torch.backends.cudnn.conv.fp32_precision == before
