@@ -269,3 +269,28 @@ def normals(seeds: Tensor, samples: Tensor, steps: Tensor, size: int, draw: int)
         *(len(steps), len(seeds), size),
     )
     return out
+
+
+def winograd_size(inputs: int, outputs: int) -> int:
+    """Elements of a packed weight: a header, and 16 matrices of columns in whole vectors."""
+    return 16 + 16 * inputs * (-(-outputs // 16) * 16)
+
+
+def winograd_pack(transformed: Tensor) -> Tensor:
+    """A transformed weight [4, 4, out, in] in the layout of the instruction set in use."""
+    outputs, inputs = transformed.shape[2:]
+    packed = torch.empty(winograd_size(inputs, outputs))
+    _call("fs_winograd_pack", transformed.data_ptr(), packed.data_ptr(), inputs, outputs)
+    return packed
+
+
+def winograd(x: Tensor, packed: Tensor, channels: int, bias: Tensor | None) -> Tensor:
+    """Convolution of x, channels-last."""
+    b, c, h, w = x.shape
+    y = torch.empty((b, channels, h, w), memory_format=torch.channels_last)
+    _call(
+        "fs_winograd",
+        *(x.data_ptr(), packed.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(y.data_ptr(), b, h, w, c, channels),
+    )
+    return y

@@ -11,7 +11,7 @@ from pathlib import Path
 # pools would spin against each other
 import torch  # noqa: F401
 
-ABI = 1
+ABI = 2
 ERRORS = {
     1: "a size, stride or type that no tensor can have",
     2: "there is not enough memory",
@@ -36,6 +36,8 @@ SIGNATURES: dict[str, list] = {
     "fs_tap_path": [*_MAP3 * 3, _INT, *[_P] * 14, _INT, _P, *[_I] * 6, _INT, _D],
     "fs_solver_step": [_P, _P, _P, _INT, _P, _P, _P, _P, _I, _P, _P, _I, _I],
     "fs_normals": [_P, _P, _P, _I, _P, _I, _I, _I],
+    "fs_winograd_pack": [_P, _P, _I, _I],
+    "fs_winograd": [_P, _P, _P, _P, *[_I] * 5],
 }
 
 

@@ -96,7 +96,7 @@ class TestLibrary:
         backends._resolve.cache_clear()
         library._load.cache_clear()
         monkeypatch.setattr(library, "ABI", 99)
-        with pytest.raises(ValueError, match="have interface 1, not 99"):
+        with pytest.raises(ValueError, match="have interface 2, not 99"):
             resolve("native", "cpu")
 
 

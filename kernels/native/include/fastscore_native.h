@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define FS_ABI 1
+#define FS_ABI 2
 
 /* what a function returns */
 #define FS_OK 0
@@ -129,6 +129,14 @@ int fs_solver_step(const float* x, const void* raw, const void* guidance, int ra
  * bits are those of the reference, on every processor. */
 int fs_normals(const int64_t* seeds, const int64_t* samples, const int64_t* steps, int64_t draw, float* out,
                int64_t step_count, int64_t batch, int64_t size);
+
+/* y = convolution of x with a 3 x 3 kernel, stride 1, padding 1, and bias, by Winograd's F(2 x 2, 3 x 3).
+ * x [B, H, W, in] and y [B, H, W, out] dense fp32, bias [out] or NULL. `packed` comes from
+ * fs_winograd_pack under the same instruction set, else FS_UNSUPPORTED: 16 + 16 * in * (out rounded up
+ * to a multiple of 16) floats, of transformed kernels U [16, out, in] = G g G^T, row after row. */
+int fs_winograd_pack(const float* transformed, float* packed, int64_t in, int64_t out);
+int fs_winograd(const float* x, const float* packed, const float* bias, float* y, int64_t batch,
+                int64_t height, int64_t width, int64_t in, int64_t out);
 
 #ifdef __cplusplus
 }

@@ -196,5 +196,17 @@ int fs_normals(const int64_t* seeds, const int64_t* samples, const int64_t* step
   return table().normals(seeds, samples, steps, draw, out, step_count, batch, size);
 }
 
+int fs_winograd_pack(const float* transformed, float* packed, int64_t in, int64_t out) {
+  FS_REQUIRE(transformed && packed && sizes_fit(16, in, 16) && sizes_fit(16, in, out, 16));
+  return table().winograd_pack(transformed, packed, in, out);
+}
+
+int fs_winograd(const float* x, const float* packed, const float* bias, float* y, int64_t batch,
+                int64_t height, int64_t width, int64_t in, int64_t out) {
+  FS_REQUIRE(x && packed && y && sizes_fit(batch, height, width, in, 16));
+  FS_REQUIRE(sizes_fit(batch, height, width, out, 16) && sizes_fit(16, in, out, 16));
+  return table().winograd(x, packed, bias, y, batch, height, width, in, out);
+}
+
 }  // extern "C"
 #pragma GCC visibility pop
