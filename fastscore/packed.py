@@ -1,8 +1,9 @@
-"""Convolution weights prepared once for oneDNN's kernels, for inference on a CPU.
+"""Convolution weights prepared once, for inference on a CPU.
 
 A plain convolution brings its weight into the kernel's layout anew in every call, and at batch 1
 PyTorch leaves oneDNN altogether for small inputs. Neither matters in training; it does in a sampler
-that calls the same sixty convolutions again and again.
+that calls the same sixty convolutions again and again. Prepared, 3 x 3 kernels of stride 1 go by
+Winograd's filtering with half the products, all others to oneDNN.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from fastscore_kernels import resolve
 from fastscore_kernels.registration import untraced
+from fastscore_kernels.winograd import winograd, winograd_pack
 from torch import Tensor, nn
 
 from fastscore.denoiser import TapDenoiser
@@ -40,16 +43,18 @@ def pack(denoiser: TapDenoiser) -> int:
     Forward and pull-back have a weight each besides the model's own, which stays what is saved and
     hashed; they are laid out for Mels of the length trained on and serve every length and batch.
     They are used where nothing else wants to see the call: with a gradient, a transform, autocast,
-    a trace or a compiler at work the plain convolution runs. Weights that change afterwards make
-    the next call a ValueError until they are packed again, or `unpack` is called. A copy of a
-    packed model is not packed. ValueError as `obstacle` says.
+    a trace or a compiler at work the plain convolution runs. Winograd's kernels take part where
+    the model's backend is native (`fastscore.layers.set_backend`, called before this). Weights that
+    change afterwards make the next call a ValueError until they are packed again, or `unpack` is
+    called. A copy of a packed model is not packed. ValueError as `obstacle` says.
     """
     problem = obstacle(denoiser)
     if problem:
         raise ValueError(f"the model cannot be packed: {problem}")
     unpack(denoiser)
+    native = all(resolve(m.backend, "cpu") == "native" for m in _fused(denoiser))
     for conv, (x, y) in _shapes(denoiser).items():
-        conv.prepared = PackedConv(conv, x, y)
+        conv.prepared = PackedConv(conv, x, y, native)
     return len(_convolutions(denoiser))
 
 
@@ -77,19 +82,31 @@ def unpack(module: nn.Module) -> None:
         conv.prepared = None
 
 
+def _fused(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if hasattr(m, "backend")]
+
+
 def _convolutions(module: nn.Module) -> list[Conv2d]:
     return [m for m in module.modules() if isinstance(m, Conv2d)]
 
 
 class PackedConv:
-    """The weight of one convolution in oneDNN's layouts, forward and transposed.
+    """The weight of one convolution in the layouts of its kernels, forward and transposed.
 
-    float32 or bfloat16 on a CPU; see `pack` for when it is used.
+    x and y are shapes of its input and output. float32 or bfloat16 on a CPU; see `pack` for when
+    it is used. ``native`` allows kernels of our own where they are faster.
     """
 
-    def __init__(self, conv: Conv2d, x: Sequence[int], y: Sequence[int]) -> None:
+    def __init__(
+        self, conv: Conv2d, x: Sequence[int], y: Sequence[int], native: bool = False
+    ) -> None:
         weight = conv.weight.detach()
         self._state = _state(conv)
+        self._winograd = native and _suits_winograd(conv)
+        if self._winograd:
+            self._forward = winograd_pack(weight)
+            self._pull = winograd_pack(weight.transpose(0, 1).flip(2, 3))
+            return
         geometry = (conv.stride, conv.dilation, conv.groups)
         # without the shapes of input and output oneDNN guesses: up to 1.8 times as slow
         self._forward = _OPS._reorder_convolution_weight(weight, conv.padding, *geometry, x)
@@ -121,6 +138,8 @@ class PackedConv:
 
     def forward(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """``conv(x)``, x [B, C, H, W], channels-last."""
+        if self._winograd:
+            return winograd(_dense(x), self._forward, conv.out_channels, conv.bias)
         return _OPS._convolution_pointwise(
             *(_dense(x), self._forward, conv.bias, conv.padding, conv.stride, conv.dilation),
             *(conv.groups, "none", [], ""),
@@ -128,10 +147,19 @@ class PackedConv:
 
     def pull(self, conv: nn.Conv2d, grad: Tensor, padding: Sequence[int]) -> Tensor:
         """Cotangents of the input, channels-last, of those of the output."""
+        if self._winograd:
+            return winograd(_dense(grad), self._pull, conv.in_channels)
         return _OPS._convolution_transpose_pointwise(
             *(_dense(grad), self._pull, None, conv.padding, padding, conv.stride, conv.dilation),
             *(conv.groups, "none", [], ""),
         )
+
+
+def _suits_winograd(conv: Conv2d) -> bool:
+    """Whether `winograd` computes this convolution: then it is faster, whatever the size."""
+    plain = (conv.stride, conv.dilation, conv.groups) == ((1, 1), (1, 1), 1)
+    shaped = conv.kernel_size == (3, 3) and conv.padding == (1, 1)
+    return plain and shaped and conv.weight.dtype == torch.float32
 
 
 def _nothing() -> None:

@@ -73,6 +73,7 @@ fastscore_kernels.solver_step        torch kernels.backends kernels.checks kerne
 fastscore_kernels.tap_fuse           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu.tap_fuse
 fastscore_kernels.tap_norm           torch kernels.backends kernels.checks kernels.cpu kernels.norm_act kernels.reference kernels.registration | kernels.gpu.tap_norm
 fastscore_kernels.tap_path           torch kernels.backends kernels.checks kernels.cpu kernels.registration kernels.tap_fuse kernels.tap_norm | kernels.gpu.tap_path
+fastscore_kernels.winograd           torch kernels.checks kernels.cpu |
 fastscore_kernels                    kernels.backends kernels.norm_act kernels.registration kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore_kernels.traffic             |
 fastscore.noise                      torch kernels |
@@ -90,7 +91,7 @@ fastscore.classifier                 torch .config .layers |
 fastscore.taps                       torch .classifier .layers |
 fastscore.subnet                     torch .config .layers kernels kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore.denoiser                   torch .classifier .config .subnet .taps .trajectory |
-fastscore.packed                     torch .denoiser .layers kernels.registration |
+fastscore.packed                     torch .denoiser .layers kernels kernels.registration kernels.winograd |
 fastscore.vocoder.spectral           numpy torch .config |
 fastscore.vocoder.hifigan            torch .config |
 fastscore.vocoder.weightnorm         torch |
@@ -105,17 +106,17 @@ fastscore.presets                    .checkpoint .classifier .config .samplers .
 fastscore.engine.recorders           torch |
 fastscore.engine.programs            torch .engine.recorders |
 fastscore.engine.compiled            torch .trajectory |
-fastscore.engine.batches             torch |
+fastscore.engine.batches             torch .inpaint |
 fastscore.engine.runners             torch .engine.programs .engine.recorders .inpaint .noise .samplers .solver .trajectory |
 fastscore.engine.core                torch .devices .engine.batches .engine.compiled .engine.programs .engine.recorders .engine.runners |
 fastscore.engine                     .engine.batches .engine.core .engine.recorders .engine.runners |
-fastscore.request                    torch .config .engine .noise .presets .samplers |
+fastscore.request                    torch .config .engine .inpaint .noise .presets .samplers |
 fastscore.hearing                    torch .audio .vocoder | numpy
 fastscore.stats                      | torch
 fastscore.batching                   .devices .stats |
 fastscore.stream                     .batching .request .stats |
-fastscore.voice                      torch .config .denoiser .devices .layers .vocoder kernels | numpy .audio .hearing
-fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .noise .presets .request .results .samplers .stats .stream .subnet .vocoder .voice kernels |
+fastscore.voice                      torch .config .denoiser .devices .layers .packed .vocoder kernels | numpy .audio .hearing
+fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .inpaint .noise .presets .request .results .samplers .stats .stream .subnet .vocoder .voice kernels |
 fastscore.export.draw                .config .presets .request |
 fastscore.export.graphs              torch .checkpoint .config .denoiser .layers .presets .vocoder .vocoder.spectral |
 fastscore.export.manifest            .checkpoint .config .presets |
@@ -162,7 +163,7 @@ fastscore.commands.classify          .commands.common |
 fastscore.commands.evaluate          .commands.common | .metrics.evaluate
 fastscore.commands.export            .commands.common | .engine .export .export.pipeline .export.runtime
 fastscore.commands.info              .commands.common | torch .classifier .config .cost .denoiser .pipeline .presets .subnet
-fastscore.commands.sample            .commands.common | .results
+fastscore.commands.sample            .commands.common .commands.export | .pipeline .results
 fastscore.commands.vocode            .commands.common | .audio .devices .hearing .presets .results .vocoder
 fastscore.commands.train             | torch .checkpoint .config .data .folders .metrics.recogniser .presets .train.classifier .train.loop .train.mels .train.recogniser .train.score .train.task .train.vocoder
 fastscore.cli                        .commands.classify .commands.evaluate .commands.export .commands.info .commands.sample .commands.train .commands.vocode | fastscore

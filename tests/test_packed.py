@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import native_or_skip
 from small_models import SPACE, inputs, randomise, small_classifier, small_denoiser, small_subnet
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,7 +17,7 @@ from fastscore import packed
 from fastscore.checkpoint import weights_hash
 from fastscore.config import SigmaRange
 from fastscore.denoiser import TapDenoiser
-from fastscore.layers import Conv2d
+from fastscore.layers import Conv2d, set_backend
 from fastscore.packed import obstacle, pack, unpack
 
 LABEL, GAMMA = torch.tensor([2, -1, 0]), torch.tensor([1.0, 5.0, 3.0])
@@ -45,11 +46,13 @@ def used(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frames", [24, 40])
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_packed_step_equals_the_plain_one(dtype, frames, guided, used):
+def test_a_packed_step_equals_the_plain_one(backend, dtype, frames, guided, used):
     denoiser = frozen(dtype)
+    set_backend(denoiser, backend)
     x, sigma = inputs(3, frames=frames)
     args = (x, sigma, LABEL, GAMMA) if guided else (x, sigma)
     expected = denoiser(*args)
@@ -68,9 +71,12 @@ def test_a_packed_step_equals_the_plain_one(dtype, frames, guided, used):
     assert torch.equal(denoiser(*args), expected)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("size", [(7, 5), (8, 6), (3, 9)])
 @pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (1, 1)])
-def test_a_convolution_of_any_size_and_its_pull_back(size, stride, kernel):
+def test_a_convolution_of_any_size_and_its_pull_back(size, stride, kernel, native):
+    if native:
+        native_or_skip()
     conv = randomise(Conv2d(6, 10, kernel, stride=stride, padding=kernel // 2))
     conv.requires_grad_(False)
     x = torch.randn(2, 6, *size, requires_grad=True)
@@ -78,7 +84,7 @@ def test_a_convolution_of_any_size_and_its_pull_back(size, stride, kernel):
     grad = torch.randn_like(expected)
     (pulled,) = torch.autograd.grad(expected, x, grad)
     with torch.no_grad():
-        conv.prepared = packed.PackedConv(conv, x.shape, expected.shape)
+        conv.prepared = packed.PackedConv(conv, x.shape, expected.shape, native)
         actual, pull = conv.linearize(x)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(pull(grad), pulled, rtol=1e-5, atol=1e-5)
