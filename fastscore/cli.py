@@ -57,7 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: the program's own) and return its exit code.
 
-    0: done; 2: refused, with one sentence on stderr; 1: a training diverged; 130: interrupted.
+    0: done; 2: refused, with one sentence on stderr; 1: a training diverged, or a device was lost;
+    130: interrupted.
     """
     with warnings.catch_warnings(), _termination_raises():
         warnings.showwarning = _show_warning
@@ -81,14 +82,14 @@ def _run(args: argparse.Namespace) -> int:
         return args.run(args) or 0
     except BrokenPipeError:
         raise
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, MemoryError) as error:
         if args.traceback:
             raise
         _complain(str(error))
         return EXIT_USAGE
     except RuntimeError as error:
         # by name, because importing it would load the framework
-        if type(error).__name__ != "DivergenceError" or args.traceback:
+        if type(error).__name__ not in ("DivergenceError", "DeviceLostError") or args.traceback:
             raise
         _complain(str(error))
         return EXIT_FAILED

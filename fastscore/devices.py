@@ -27,6 +27,12 @@ def device_lost(error: BaseException) -> bool:
     return "cuda" in text and any(sign in text for sign in (*_LOST, *_LOST_TOO))
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory did not suffice."""
+    # the CPU's allocator raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def usable_device(device: str | torch.device) -> torch.device:
     """The device where it can be used; ValueError otherwise."""
     try:

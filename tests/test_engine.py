@@ -294,13 +294,20 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="this engine is closed; make another one"):
             engine.draw(task, CLIPS[:1])
 
-    def test_a_batch_that_does_not_fit_is_split(self, denoiser):
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        ],
+    )
+    def test_a_batch_that_does_not_fit_is_split(self, denoiser, error):
         sizes = []
 
         def narrow(x, sigma, label, gamma):
             sizes.append(len(x))
             if len(x) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return denoiser(x, sigma, label, gamma)
 
         task = task_of("euler", denoiser, nfe=2)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastscore.devices import Clock, DeviceLostError, device_lost
+from fastscore.devices import Clock, DeviceLostError, device_lost, out_of_memory
 from fastscore.engine.batches import Clips, bucket_for, check_buckets
 from fastscore.engine.compiled import CompiledDenoiser
 from fastscore.engine.programs import ProgramCache
@@ -206,7 +206,12 @@ class Engine:
         """Outputs of one batch; None where the device could not hold it, and less is tried next."""
         try:
             outputs = self._batch(task, part, start, watch, seconds)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if device_lost(error):
+                self._lost = str(error).splitlines()[0]
+                raise DeviceLostError(self._lost_sentence()) from error
+            if not out_of_memory(error):
+                raise
             if len(part) == 1:
                 raise MemoryError(
                     f"{self._model.device} has not memory enough for one clip; free some of it, or "
@@ -217,11 +222,6 @@ class Engine:
             self._largest = len(part) // 2
             self._counts["splits"] += 1
             return None
-        except RuntimeError as error:
-            if device_lost(error):
-                self._lost = str(error).splitlines()[0]
-                raise DeviceLostError(self._lost_sentence()) from error
-            raise
         self._counts["batches"] += 1
         self._counts["clips"] += len(part)
         self._counts["evaluations"] += task.nfe * len(part)
