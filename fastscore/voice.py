@@ -6,12 +6,14 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from fastscore_kernels import resolve
 from torch import Tensor
 
 from fastscore.config import MelConfig
 from fastscore.denoiser import TapDenoiser, set_precision
 from fastscore.devices import check_precision, usable_device
+from fastscore.inpaint import prefix_mask
 from fastscore.layers import set_backend
 from fastscore.packed import obstacle, pack
 from fastscore.vocoder import Generator, render, vocode
@@ -66,6 +68,11 @@ class Voice:
         return self.mel_config.sample_rate
 
     @property
+    def samples(self) -> int:
+        """Samples of a waveform."""
+        return self.frames * self.mel_config.hop_length
+
+    @property
     def frames(self) -> int:
         """Mel frames of a sample."""
         return self.denoiser.space.frames
@@ -100,10 +107,38 @@ class Voice:
         from fastscore.hearing import read_wave
 
         wave = read_wave(audio, sample_rate, self.sample_rate)
-        wave = fit_length(wave, self.frames * self.mel_config.hop_length)
+        wave = fit_length(wave, self.samples)
         p = self.probabilities(self.front_end(wave)[None].to(self.device))[0].tolist()
         order = sorted(range(len(p)), key=p.__getitem__, reverse=True)
         return {self.labels[i]: p[i] for i in order}
+
+    @torch.no_grad()
+    def beginning(
+        self,
+        audio: Tensor | np.ndarray | str | os.PathLike[str],
+        seconds: float,
+        sample_rate: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-Mel [n_mels, frames] of how a recording begins, and a mask of its first ``seconds``.
+
+        As ``Pipeline.sample`` takes them for ``known`` and ``mask``. Raises ValueError for audio as
+        ``classify`` does, and for a beginning that is longer than the recording, or leaves nothing
+        of a sample to draw.
+        """
+        from fastscore.hearing import read_wave
+
+        wave = read_wave(audio, sample_rate, self.sample_rate)
+        longest = min(len(wave), self.samples - self.mel_config.hop_length) / self.sample_rate
+        frame = self.mel_config.hop_length / self.sample_rate
+        # written so that NaN fails too
+        if not frame / 2 < seconds <= longest:
+            raise ValueError(
+                f"a beginning of {seconds:g} s cannot be kept; choose a frame ({frame:g} s) to "
+                f"{longest:g} s of it"
+            )
+        wave = F.pad(wave[: self.samples], (0, max(0, self.samples - len(wave))))
+        shape = (self.mel_config.n_mels, self.frames)
+        return self.front_end(wave), prefix_mask(round(seconds / frame), shape)[0, 0]
 
     @torch.no_grad()
     def probabilities(self, mels: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ fastscore.hearing                    torch .audio .vocoder | numpy
 fastscore.stats                      | torch
 fastscore.batching                   .devices .stats |
 fastscore.stream                     .batching .request .stats |
-fastscore.voice                      torch .config .denoiser .devices .layers .packed .vocoder kernels | numpy .audio .hearing
+fastscore.voice                      torch .config .denoiser .devices .inpaint .layers .packed .vocoder kernels | numpy .audio .hearing
 fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .inpaint .noise .presets .request .results .samplers .stats .stream .subnet .vocoder .voice kernels |
 fastscore.export.draw                .config .presets .request |
 fastscore.export.graphs              torch .checkpoint .config .denoiser .layers .presets .vocoder .vocoder.spectral |

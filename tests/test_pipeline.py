@@ -21,6 +21,7 @@ from fastscore.samplers import Guidance, SamplingCancelledError, euler_ancestral
 from fastscore.vocoder import vocode
 
 MIXED = (None, "yes", "no", None, "up", "down", "yes")
+ALL = torch.ones(16, 24, dtype=torch.bool)
 GAMMAS = (1.0, 2.0, 3.0, 0.0, 5.0, 0.0, 0.5)
 
 
@@ -256,6 +257,56 @@ class TestHearing:
         mels = pipe.sample(None, n=3, steps=2).mels
         waves = pipe.vocode(mels)
         assert torch.equal(waves[1:2], pipe.vocode(mels[1:2]))
+
+
+class TestInpainting:
+    def test_what_is_known_is_kept(self, pipe):
+        known = pipe.sample("no", seed=3, n=2).mels
+        mask = torch.zeros(16, 24, dtype=torch.bool)
+        mask[:, :10] = True
+        drawn = pipe.sample(["yes", None], known=known, mask=mask, nfe=4)
+        torch.testing.assert_close(drawn.mels[:, mask], known[:, mask], rtol=0, atol=1e-5)
+        free = pipe.sample(["yes", None], nfe=4)
+        assert not torch.allclose(drawn.mels[:, ~mask], free.mels[:, ~mask], atol=1e-2)
+        one = pipe.sample(None, first=1, known=known[1], mask=mask, nfe=4)
+        assert torch.equal(one.mels[0], drawn.mels[1])
+
+    def test_a_recording_goes_on(self, pipe, tmp_path):
+        wave = speech_like(5000)
+        soundfile.write(tmp_path / "a.wav", wave.numpy(), 16000, subtype="FLOAT")
+        known, mask = pipe.beginning(tmp_path / "a.wav", 0.16)
+        assert (known.shape, mask.shape) == ((16, 24), (16, 24))
+        assert mask[:, :10].all()
+        assert not mask[:, 10:].any()
+        expected = LogMel(MEL)(torch.nn.functional.pad(wave, (0, 24 * 256 - 5000)))
+        torch.testing.assert_close(known, expected)
+        drawn = pipe.sample("yes", known=known, mask=mask, nfe=3)
+        shown = expected.clamp_min(MEL.log_min)[mask]
+        torch.testing.assert_close(drawn.mels[0][mask], shown, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("seconds", [0.0, -1.0, 0.004, 0.33, 1.0, float("nan")])
+    def test_a_beginning_that_cannot_be(self, pipe, seconds):
+        with pytest.raises(ValueError, match=r"beginning of .* cannot be kept; choose a frame"):
+            pipe.beginning(speech_like(5000), seconds)
+
+    @pytest.mark.parametrize(
+        ("known", "mask", "message"),
+        [
+            (torch.zeros(16, 24), None, "known and mask belong together"),
+            (
+                torch.zeros(16, 23),
+                torch.ones(16, 24, dtype=torch.bool),
+                r"known has shape .* is needed",
+            ),
+            (torch.zeros(3, 16, 24), torch.ones(16, 24, dtype=torch.bool), "one for each of the 2"),
+            (torch.zeros(16, 24), torch.ones(16, 24), "the inpainting mask is torch.float32"),
+            (torch.zeros(16, 24), torch.ones(16, 24, dtype=torch.bool), "leaves nothing to draw"),
+            (torch.full((16, 24), torch.nan), torch.eye(16, 24) > 0, "known values are not finite"),
+        ],
+    )
+    def test_refused(self, pipe, known, mask, message):
+        with pytest.raises(ValueError, match=message):
+            pipe.sample("yes", n=2, known=known, mask=mask)
 
 
 class TestSaving:

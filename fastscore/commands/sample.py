@@ -68,6 +68,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--schedule", metavar="NAME", help="spacing of noise levels (default: the preset's)"
     )
+    parser.add_argument(
+        "--prefix",
+        type=Path,
+        metavar="FILE",
+        help="a recording whose beginning is kept; the rest is drawn to it",
+    )
+    parser.add_argument(
+        "--prefix-seconds", type=float, default=0.3, metavar="S", help="how much (default: 0.3)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="0 to 2^63 - 1 (default: 0)")
     parser.add_argument("--first", type=int, default=0, help="number of the first sample")
     parser.add_argument(
@@ -100,6 +109,9 @@ def run(args: argparse.Namespace) -> None:
         watch.lap("load")
         pipeline.warmup()
         watch.lap("warm-up")
+        known = mask = None
+        if args.prefix is not None:
+            known, mask = pipeline.beginning(args.prefix, args.prefix_seconds)
         with Bar("sampling", enabled=not args.quiet) as bar:
             result = pipeline.sample(
                 labels,
@@ -111,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
                 interval=args.interval and tuple(args.interval),
                 seed=args.seed,
                 first=args.first,
+                known=known,
+                mask=mask,
                 callback=bar,
             )
         watch.add(result.seconds)
