@@ -158,7 +158,7 @@ fastscore.train.vocoder_losses       torch |
 fastscore.train.vocoder              torch .audio .config .train.discriminators .train.task .train.vocoder_data .train.vocoder_losses .vocoder .vocoder.spectral .vocoder.weightnorm | .data
 fastscore.train.recogniser           numpy torch .audio .checkpoint .config .data .metrics.recogniser .train.augment |
 fastscore.commands                   |
-fastscore.commands.common            | torch tqdm .pipeline
+fastscore.commands.common            | torch tqdm .engine .pipeline
 fastscore.commands.classify          .commands.common |
 fastscore.commands.evaluate          .commands.common | .metrics.evaluate
 fastscore.commands.export            .commands.common | .engine .export .export.pipeline .export.runtime
