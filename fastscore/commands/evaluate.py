@@ -7,7 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastscore.commands.common import DEFAULT_PRESET, add_backend, add_machine, load_pipeline
+from fastscore.commands.common import (
+    DEFAULT_PRESET,
+    add_backend,
+    add_engine,
+    add_machine,
+    load_pipeline,
+)
 
 DATA_VARIABLE = "FASTSCORE_DATA"
 
@@ -53,6 +59,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_machine(parser)
     add_backend(parser)
+    add_engine(parser)
     parser.set_defaults(run=run)
 
 
