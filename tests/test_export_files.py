@@ -214,6 +214,17 @@ class TestExports:
         assert "export with --onnx" in said
         assert everything(here) == []
 
+    def test_failing_compiler_is_named(self, preset, refused, here, monkeypatch):
+        from torch._inductor import exc
+
+        def fail(*_, **__):
+            raise exc.CppCompileError(["g++", "a.cpp"], "a.cpp\nno space left on device")
+
+        monkeypatch.setattr(torch._inductor, "aot_compile", fail)
+        said = refused("export", preset, "--out", "a.pt2")
+        assert "failed on the graph guided (no space left on device); name another one" in said
+        assert everything(here) == []
+
     def test_missing_exporter_names_the_extra(self, preset, refused, here, monkeypatch):
         monkeypatch.setitem(sys.modules, "onnxscript", None)
         said = refused("export", preset, "--onnx", "small")

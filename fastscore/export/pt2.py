@@ -105,11 +105,30 @@ def _compile(
     with quiet(), torch.no_grad():
         program = trace(model, name, max_batch)
         traced = time.perf_counter()
-        args, kwargs = program.example_inputs
-        files = torch._inductor.aot_compile(
-            program.module(), args, kwargs, options={**_OPTIONS, **options}
-        )
+        with _compiler_trouble(name):
+            args, kwargs = program.example_inputs
+            files = torch._inductor.aot_compile(
+                program.module(), args, kwargs, options={**_OPTIONS, **options}
+            )
     return files, traced - start, time.perf_counter() - traced
+
+
+@contextmanager
+def _compiler_trouble(name: str) -> Iterator[None]:
+    """Turn a failure of the C++ compiler into a ValueError."""
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    try:
+        yield
+    except (CppCompileError, InductorError) as error:
+        text = str(error)
+        if "C++ compile error" not in text:
+            raise
+        reason = text.strip().splitlines()[-1]
+        raise ValueError(
+            f"the C++ compiler failed on the graph {name} ({reason}); name another one in the "
+            "variable CXX, or export with --onnx"
+        ) from error
 
 
 # as many threads as the process that runs it has, not the one that compiles it
