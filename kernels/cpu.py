@@ -294,3 +294,27 @@ def winograd(x: Tensor, packed: Tensor, channels: int, bias: Tensor | None) -> T
         *(y.data_ptr(), b, h, w, c, channels),
     )
     return y
+
+
+def linear_size(inputs: int, outputs: int) -> int:
+    """Elements of a packed weight: a header, the bias and columns in whole vectors."""
+    return 16 + (inputs + 1) * (-(-outputs // 16) * 16)
+
+
+def linear_pack(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A weight [out, in] and its bias in the layout of the instruction set in use."""
+    outputs, inputs = weight.shape
+    packed = torch.empty(linear_size(inputs, outputs))
+    pointer = None if bias is None else bias.data_ptr()
+    _call(
+        "fs_linear_pack",
+        *(weight.data_ptr(), *weight.stride(), pointer, packed.data_ptr(), inputs, outputs),
+    )
+    return packed
+
+
+def linear(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    """Product of x [rows, in] with the packed weight."""
+    y = torch.empty((len(x), outputs))
+    _call("fs_linear", x.data_ptr(), packed.data_ptr(), y.data_ptr(), *x.shape, outputs)
+    return y

@@ -38,6 +38,8 @@ SIGNATURES: dict[str, list] = {
     "fs_normals": [_P, _P, _P, _I, _P, _I, _I, _I],
     "fs_winograd_pack": [_P, _P, _I, _I],
     "fs_winograd": [_P, _P, _P, _P, *[_I] * 5],
+    "fs_linear_pack": [_P, _I, _I, _P, _P, _I, _I],
+    "fs_linear": [_P, _P, _P, _I, _I, _I],
 }
 
 

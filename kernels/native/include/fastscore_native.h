@@ -138,6 +138,13 @@ int fs_winograd_pack(const float* transformed, float* packed, int64_t in, int64_
 int fs_winograd(const float* x, const float* packed, const float* bias, float* y, int64_t batch,
                 int64_t height, int64_t width, int64_t in, int64_t out);
 
+/* y [rows, out] = x [rows, in] times the transpose of weight [out, in], plus bias, dense fp32. `packed` comes
+ * from fs_linear_pack under the same instruction set, else FS_UNSUPPORTED: 16 + (in + 1) * (out rounded up
+ * to a multiple of 16) floats; bias [out] may be NULL there. A row's bits do not depend on the others. */
+int fs_linear_pack(const float* weight, int64_t out_stride, int64_t in_stride, const float* bias, float* packed,
+                   int64_t in, int64_t out);
+int fs_linear(const float* x, const float* packed, float* y, int64_t rows, int64_t in, int64_t out);
+
 #ifdef __cplusplus
 }
 #endif

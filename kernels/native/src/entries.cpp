@@ -208,5 +208,20 @@ int fs_winograd(const float* x, const float* packed, const float* bias, float* y
   return table().winograd(x, packed, bias, y, batch, height, width, in, out);
 }
 
+int fs_linear_pack(const float* weight, int64_t out_stride, int64_t in_stride, const float* bias,
+                   float* packed, int64_t in, int64_t out) {
+  FS_REQUIRE(weight && packed && sizes_fit(in, 16) && sizes_fit(in, out, 16));
+  FS_REQUIRE(out_stride >= 0 && in_stride >= 0 && sizes_fit(out, out_stride + 1) &&
+             sizes_fit(in, in_stride + 1));
+  return table().linear_pack(weight, out_stride, in_stride, bias, packed, in, out);
+}
+
+int fs_linear(const float* x, const float* packed, float* y, int64_t rows, int64_t in,
+              int64_t out) {
+  FS_REQUIRE(x && packed && y && sizes_fit(rows, in) && sizes_fit(rows, out, 16) &&
+             sizes_fit(in, out, 16));
+  return table().linear(x, packed, y, rows, in, out);
+}
+
 }  // extern "C"
 #pragma GCC visibility pop

@@ -8,7 +8,7 @@
 #define FS_OPERATIONS(X)                                                                       \
   X(norm_act)                                                                                  \
   X(norm_act_backward) X(tap_norm) X(tap_fuse) X(tap_fuse_backward) X(tap_path) X(solver_step) \
-      X(normals) X(winograd_pack) X(winograd)
+      X(normals) X(winograd_pack) X(winograd) X(linear_pack) X(linear)
 
 namespace fs {
 
