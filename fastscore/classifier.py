@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig
-from fastscore.layers import Conv2d, NoiseEmbedding, NormAct, Pull, ResBlock, chain
+from fastscore.layers import Conv2d, Linear, NoiseEmbedding, NormAct, Pull, ResBlock, chain
 
 # cotangents of the logits to cotangents of all taps, shallowest first
 PullTaps = Callable[[Tensor], tuple[Tensor, ...]]
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         self.band = nn.Parameter(torch.zeros(1, width, config.n_mels // config.patch, 1))
         self.stages = nn.ModuleList(Stage(config, i) for i in range(len(config.channels)))
         self.norm = NormAct(last, config.groups)
-        self.head = nn.Linear(last, len(config.labels))
+        self.head = Linear(last, len(config.labels))
 
     def embed(self, c_noise: Tensor) -> Tensor:
         """Noise embedding, [B] -> [B, emb_dim]."""
@@ -127,7 +127,7 @@ class Classifier(nn.Module):
         size = y.shape[2] * y.shape[3]
 
         def pull_taps(grad: Tensor) -> tuple[Tensor, ...]:
-            pooled = (grad @ self.head.weight / size).to(y.dtype)[:, :, None, None]
+            pooled = (self.head.pull(grad) / size).to(y.dtype)[:, :, None, None]
             # channels-last whatever y is: a dense cotangent is all that its pull-back asks for
             spread = pooled.expand(-1, -1, *y.shape[2:])
             spread = spread.contiguous(memory_format=torch.channels_last)

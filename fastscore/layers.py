@@ -17,19 +17,40 @@ Pull = Callable[[Tensor], Tensor]
 
 
 class Prepared(Protocol):
-    """A convolution's weight as a library's kernels want it: `fastscore.packed` makes them."""
+    """A layer's weight as some library's kernels want it: `fastscore.packed` makes them."""
 
-    def takes(self, conv: nn.Conv2d, x: Tensor) -> bool:
-        """Whether it may stand in for ``conv`` on x; ValueError where the weight has changed."""
+    def takes(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether it may stand in for ``layer`` on x; ValueError where the weight has changed."""
         ...
 
-    def forward(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """``conv(x)``."""
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """``layer(x)``."""
         ...
 
-    def pull(self, conv: nn.Conv2d, grad: Tensor, padding: Sequence[int]) -> Tensor:
-        """The transposed convolution of ``grad`` with output padding ``padding``, without bias."""
+    def pull(self, layer: nn.Module, grad: Tensor, padding: Sequence[int] = ()) -> Tensor:
+        """Cotangents of the input; a convolution wants the transposed one's output padding."""
         ...
+
+
+class Linear(nn.Linear):
+    """nn.Linear that knows its pull-back and takes a prepared weight where one is at hand."""
+
+    # neither parameter nor buffer: a prepared weight is not part of the state
+    prepared: Prepared | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in] -> [B, out]."""
+        prepared = self.prepared
+        if prepared is not None and prepared.takes(self, x):
+            return prepared.forward(self, x)
+        return super().forward(x)
+
+    def pull(self, grad: Tensor) -> Tensor:
+        """Cotangents of the output [B, out] to those of the input [B, in]."""
+        prepared = self.prepared
+        if prepared is not None and prepared.takes(self, grad):
+            return prepared.pull(self, grad)
+        return grad @ self.weight
 
 
 class Conv2d(nn.Conv2d):
@@ -88,8 +109,8 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("freqs", self._frequencies(), persistent=False)
-        self.fc1 = nn.Linear(32, dim)
-        self.fc2 = nn.Linear(dim, dim)
+        self.fc1 = Linear(32, dim)
+        self.fc2 = Linear(dim, dim)
 
     @staticmethod
     def _frequencies() -> Tensor:
@@ -124,7 +145,7 @@ class NormAct(nn.Module):
         self.groups = groups
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.film = nn.Linear(emb_dim, 2 * channels) if emb_dim else None
+        self.film = Linear(emb_dim, 2 * channels) if emb_dim else None
         if self.film is not None:
             zero_init(self.film)
 

@@ -8,7 +8,7 @@ from fastscore_kernels import Norms, Projections, dense, tap_fuse, tap_norm, tap
 from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig, SubnetConfig
-from fastscore.layers import Conv2d, NoiseEmbedding, NormAct, ResBlock, zero_init
+from fastscore.layers import Conv2d, Linear, NoiseEmbedding, NormAct, ResBlock, zero_init
 
 
 class TapFusion(nn.Module):
@@ -113,7 +113,7 @@ class ScoreSubnet(nn.Module):
         self.patch = classifier.patch
         scales = range(len(config.channels))
         self.embedding = NoiseEmbedding(config.emb_dim)
-        self.magnitude = zero_init(nn.Linear(len(config.channels), config.emb_dim))
+        self.magnitude = zero_init(Linear(len(config.channels), config.emb_dim))
         self.stem = Conv2d(classifier.patch**2, config.channels[0], 3, padding=1)
         self.band = nn.Parameter(
             torch.zeros(1, config.channels[0], classifier.n_mels // classifier.patch, 1)

@@ -74,6 +74,7 @@ fastscore_kernels.tap_fuse           torch kernels.backends kernels.checks kerne
 fastscore_kernels.tap_norm           torch kernels.backends kernels.checks kernels.cpu kernels.norm_act kernels.reference kernels.registration | kernels.gpu.tap_norm
 fastscore_kernels.tap_path           torch kernels.backends kernels.checks kernels.cpu kernels.registration kernels.tap_fuse kernels.tap_norm | kernels.gpu.tap_path
 fastscore_kernels.winograd           torch kernels.checks kernels.cpu |
+fastscore_kernels.linear             torch kernels.checks kernels.cpu |
 fastscore_kernels                    kernels.backends kernels.norm_act kernels.registration kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore_kernels.traffic             |
 fastscore.noise                      torch kernels |
@@ -91,7 +92,7 @@ fastscore.classifier                 torch .config .layers |
 fastscore.taps                       torch .classifier .layers |
 fastscore.subnet                     torch .config .layers kernels kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore.denoiser                   torch .classifier .config .subnet .taps .trajectory |
-fastscore.packed                     torch .denoiser .layers kernels kernels.registration kernels.winograd |
+fastscore.packed                     torch .denoiser .layers kernels kernels.linear kernels.registration kernels.winograd |
 fastscore.vocoder.spectral           numpy torch .config |
 fastscore.vocoder.hifigan            torch .config |
 fastscore.vocoder.weightnorm         torch |

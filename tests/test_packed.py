@@ -4,21 +4,33 @@ import copy
 import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fastscore_kernels import library
 from kernel_cases import native_or_skip
-from small_models import SPACE, inputs, randomise, small_classifier, small_denoiser, small_subnet
+from small_models import (
+    CLASSIFIER,
+    SPACE,
+    SUBNET,
+    inputs,
+    randomise,
+    small_classifier,
+    small_denoiser,
+    small_subnet,
+)
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastscore import packed
 from fastscore.checkpoint import weights_hash
-from fastscore.config import SigmaRange
+from fastscore.config import CLASSIFIERS, SUBNETS, SigmaRange
 from fastscore.denoiser import TapDenoiser
-from fastscore.layers import Conv2d, set_backend
+from fastscore.layers import Conv2d, Linear, set_backend
 from fastscore.packed import obstacle, pack, unpack
+from fastscore.subnet import ScoreSubnet
 
 LABEL, GAMMA = torch.tensor([2, -1, 0]), torch.tensor([1.0, 5.0, 3.0])
 
@@ -117,7 +129,7 @@ def test_changed_weights_are_refused_until_packed_again():
     x, sigma = inputs(1)
     before = denoiser(x, sigma)
     denoiser.load_state_dict({k: 1.1 * v for k, v in denoiser.state_dict().items()})
-    with pytest.raises(ValueError, match="changed since it was packed; call"):
+    with pytest.raises(ValueError, match="has changed since it was packed; call"):
         denoiser(x, sigma)
     pack(denoiser)
     after = denoiser(x, sigma)
@@ -128,6 +140,11 @@ def test_changed_weights_are_refused_until_packed_again():
     denoiser.classifier.stem.weight = nn.Parameter(torch.zeros(8, 4, 3, 3), requires_grad=False)
     with pytest.raises(ValueError, match="changed since"):
         denoiser(x, sigma)
+    pack(denoiser)
+    denoiser.classifier.head.bias.add_(1.0)
+    if library.problem() == "":
+        with pytest.raises(ValueError, match="changed since"):
+            denoiser(x, sigma)
 
 
 def test_state_hash_and_copies_know_nothing_of_it():
@@ -137,8 +154,9 @@ def test_state_hash_and_copies_know_nothing_of_it():
     assert list(denoiser.state_dict()) == keys
     assert weights_hash(denoiser) == digest
     twin = copy.deepcopy(denoiser)
-    assert all(m.prepared is None for m in twin.modules() if isinstance(m, Conv2d))
-    assert all(m.prepared is not None for m in denoiser.modules() if isinstance(m, Conv2d))
+    kinds = (Conv2d, Linear) if library.problem() == "" else Conv2d
+    assert all(m.prepared is None for m in twin.modules() if isinstance(m, Conv2d | Linear))
+    assert all(m.prepared is not None for m in denoiser.modules() if isinstance(m, kinds))
     twin.to(torch.bfloat16)
     assert pack(twin)
 
@@ -151,6 +169,29 @@ def test_what_cannot_be_packed_is_named():
     with torch.device("meta"):
         elsewhere = TapDenoiser(small_classifier(), small_subnet(), SPACE, SigmaRange())
     assert "on meta" in obstacle(elsewhere.to("meta"))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_bits_of_a_sample_depend_neither_on_the_batch_nor_on_its_neighbours(guided):
+    native_or_skip()
+    # embeddings fill whole vectors, as those of every preset do
+    classifier = replace(CLASSIFIER, emb_dim=32)
+    subnet = randomise(ScoreSubnet(replace(SUBNET, emb_dim=32), classifier), seed=2)
+    denoiser = TapDenoiser(small_classifier(classifier), subnet, SPACE, SigmaRange())
+    denoiser.eval().requires_grad_(False)
+    assert all(c.emb_dim % 32 == 0 for c in (*CLASSIFIERS.values(), *SUBNETS.values()))
+    pack(denoiser)
+    x, sigma = inputs(16)
+    label, gamma = torch.arange(16) % 5 - 1, torch.linspace(0, 9, 16)
+    args = (x, sigma, label, gamma) if guided else (x, sigma)
+    together = denoiser(*args)
+    for size in (1, 2, 3, 8):
+        for i in range(0, 16 - size, size):
+            some = denoiser(*(t[i : i + size] for t in args))
+            assert torch.equal(some, together[i : i + size])
+    if guided:
+        # no label beside labels is what it is alone
+        assert torch.equal(together[label < 0], denoiser(x, sigma)[label < 0])
 
 
 DIGEST = """
