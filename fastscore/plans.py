@@ -92,20 +92,28 @@ def dpmpp_2m_plan(sigmas: Sequence[float]) -> Plan:
 
 
 def dpmpp_2m_sde_plan(
-    sigmas: Sequence[float], eta: float = 1.0, s_noise: float = 1.0, solver: str = "midpoint"
+    sigmas: Sequence[float],
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver: str = "midpoint",
+    s_noise_below: float = math.inf,
 ) -> Plan:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, appendix A), alpha = 1, lambda = -log sigma.
 
     Solves the linear part and the noise exactly and extrapolates x0 linearly in lambda, integrated
     exactly ("heun") or at the middle of the step ("midpoint"); both are of second order. eta scales
-    the noise: 0 is the ODE, 1 the reverse SDE. ValueError unless eta >= 0, s_noise >= 0 and the
-    solver is one of the two.
+    the noise: 0 is the ODE, 1 the reverse SDE. s_noise scales what noise is added on the way to
+    levels of at most ``s_noise_below``, as S_tmax bounds churn: less noise above would draw samples
+    to the data's mean, and with it to what lies nearest. ValueError unless eta >= 0, s_noise >= 0,
+    s_noise_below > 0 and the solver is one of the two.
     """
     # where guidance switches on or off between two steps, looking back stays right: the jump lies
     # half a step back on average, which is what the extrapolation takes it for
     _check_eta(eta, s_noise, limit=math.inf)
     if solver not in ("midpoint", "heun"):
         raise ValueError(f"solver {solver!r} is unknown; choose midpoint or heun")
+    if not s_noise_below > 0:
+        raise ValueError(f"s_noise_below {s_noise_below} must be a noise level above 0")
     steps = []
     h_old = None
     for high, low in _pairs(sigmas):
@@ -115,7 +123,8 @@ def dpmpp_2m_sde_plan(
         if h_old is not None:
             weight = 0.5 * total if solver == "midpoint" else 1 - total / ((1 + eta) * h)
             back = weight * h / h_old
-        kick = s_noise * low * math.sqrt(-math.expm1(-2 * eta * h))
+        kick = low * math.sqrt(-math.expm1(-2 * eta * h))
+        kick *= s_noise if low <= s_noise_below else 1.0
         steps.append(Step(low / high * math.exp(-eta * h), total + back, -back, kick))
         h_old = h
     return (*steps, LAST)

@@ -134,10 +134,11 @@ def dpmpp_2m_sde(
     eta: float = 1.0,
     s_noise: float = 1.0,
     solver: str = "midpoint",
+    s_noise_below: float = math.inf,
     **common: Unpack[Common],
 ) -> Sample:
     """DPM-Solver++(2M) on the reverse SDE; see `fastscore.plans.dpmpp_2m_sde_plan`."""
-    plan = dpmpp_2m_sde_plan(sigmas, eta, s_noise, solver)
+    plan = dpmpp_2m_sde_plan(sigmas, eta, s_noise, solver, s_noise_below)
     return _follow(Run(denoise, x, sigmas, eta > 0, **common), plan)
 
 

@@ -227,3 +227,23 @@ def test_euler_maruyama_is_one_explicit_step(sde):
 def test_bad_plans(call, message):
     with pytest.raises(ValueError, match=message):
         call(karras(5))
+
+
+class TestNoiseBelow:
+    LEVELS = (40.0, 6.0, 2.0, 0.5, 0.1, 0.0)
+
+    def test_scales_the_noise_of_low_levels_alone(self):
+        plain = dpmpp_2m_sde_plan(self.LEVELS)
+        scaled = dpmpp_2m_sde_plan(self.LEVELS, s_noise=0.7, s_noise_below=2.0)
+        ratios = [b.kick / a.kick for a, b in zip(plain[:-1], scaled[:-1], strict=True)]
+        assert ratios == pytest.approx([1.0, 0.7, 0.7, 0.7])
+        for one, two in zip(plain, scaled, strict=True):
+            assert (one.keep, one.pull, one.pull_old) == (two.keep, two.pull, two.pull_old)
+        assert dpmpp_2m_sde_plan(self.LEVELS, s_noise=0.7, s_noise_below=6.0) == dpmpp_2m_sde_plan(
+            self.LEVELS, s_noise=0.7
+        )
+
+    @pytest.mark.parametrize("level", [0.0, -1.0, float("nan")])
+    def test_refuses_what_is_no_level(self, level):
+        with pytest.raises(ValueError, match=r"s_noise_below .* must be a noise level above 0"):
+            dpmpp_2m_sde_plan(self.LEVELS, s_noise_below=level)
