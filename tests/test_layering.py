@@ -19,7 +19,6 @@ LAZY_PACKAGES = {
     "lightning_fabric",
     "matplotlib",
     "onnx",
-    "onnx_ir",
     "onnxruntime",
     "onnxscript",
     "pynvml",
@@ -122,7 +121,7 @@ fastscore.export.draw                .config .presets .request |
 fastscore.export.graphs              torch .checkpoint .config .denoiser .layers .presets .vocoder .vocoder.spectral |
 fastscore.export.manifest            .checkpoint .config .presets |
 fastscore.export.pt2                 torch .devices .export.draw .export.graphs .export.manifest .files .request fastscore |
-fastscore.export.onnx                torch .devices .export.graphs .export.manifest .export.pt2 .results fastscore | onnx onnx_ir onnxruntime onnxscript
+fastscore.export.onnx                torch .devices .export.graphs .export.manifest .export.pt2 .results fastscore | onnx onnxruntime onnxscript
 fastscore.export.runtime             torch .config .devices .export.graphs .export.manifest .export.onnx .export.pt2 .presets |
 fastscore.export.pipeline            .config .devices .engine .export.runtime .pipeline .request .stats kernels |
 fastscore.export                     .export.onnx .export.pt2 .export.runtime |

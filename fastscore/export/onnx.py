@@ -154,8 +154,6 @@ def _silu_backward() -> Callable[..., Any]:
 
 def _name_batch(model: Any, name: str) -> None:
     """Call the free dimension batch instead of by the tracer's symbol."""
-    import onnx_ir
-
     symbol = str(model.graph.inputs[0].shape[0])
     values = [*model.graph.inputs]
     for node in model.graph:
@@ -164,7 +162,7 @@ def _name_batch(model: Any, name: str) -> None:
         if value.shape is None:
             continue
         for i, size in enumerate(value.shape):
-            if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None:
+            if getattr(size, "value", None) is not None:
                 value.shape[i] = re.sub(rf"\b{symbol}\b", "batch", str(size.value))
 
 
