@@ -264,7 +264,8 @@ def faults(verdicts: Verdicts, report: dict[str, Any], requests: int) -> list[st
 
 def run(pipeline: Pipeline, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Draw everything alone, then all of it again and again through a stream; the report."""
-    requests = make_requests(pipeline, args)
+    # as it is now: the project may be another by the end
+    here, requests = machine(pipeline.device), make_requests(pipeline, args)
     sizes = range(1, args.max_batch + 1) if args.fast else (1,)
     warm = [pipeline.warmup(tuple(sizes), steps=steps) for steps in range(1, args.steps + 1)]
     alone = [
@@ -272,7 +273,7 @@ def run(pipeline: Pipeline, args: argparse.Namespace) -> tuple[dict[str, Any], l
         for r in tqdm(requests, desc="alone", disable=not sys.stderr.isatty())
     ]
     verdicts = Verdicts(alone, exact=not args.fast)
-    before, load, start = pipeline.stats(), os.getloadavg(), time.perf_counter()
+    before, start = pipeline.stats(), time.perf_counter()
     limits = {name: getattr(args, name) for name in ("max_batch", "max_wait", "queue_size")}
     with pipeline.stream(**limits) as stream:
         samples = soak(stream, requests, verdicts, args)
@@ -305,9 +306,9 @@ def run(pipeline: Pipeline, args: argparse.Namespace) -> tuple[dict[str, Any], l
             "samples": samples[::every],
             "process": dataclasses.asdict(process_memory(pipeline.device)),
         },
-        "load_before": load,
         "pipeline": pipeline.describe(),
-        "machine": machine(pipeline.device),
+        "machine": here,
+        "load_after": os.getloadavg(),
     }
     print(stats)
     return report, faults(verdicts, report, args.requests)

@@ -696,10 +696,12 @@ class TestClosing:
 
 
 def in_a_fork(act):
-    """What ``act`` prints in a fork of this process, which must end by itself."""
+    """What ``act`` raises in a fork of this process, which must end by itself."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(PATIENCE)
         text = "nothing was raised"
         try:
             act()
@@ -715,6 +717,26 @@ def in_a_fork(act):
     return text
 
 
+@contextlib.contextmanager
+def held_elsewhere(lock):
+    """While this lasts, another thread has the lock."""
+    holds, enough = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            holds.set()
+            enough.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert holds.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 class TestForks:
@@ -724,8 +746,8 @@ class TestForks:
         assert done.result(PATIENCE)
         with drawing.busy(stream) as running:
             queued = stream.submit("two")
-            # the lock is held in the child for ever
-            with stream._worker.lock:
+            # a lock that another thread has, nobody ever gives back in the child
+            with held_elsewhere(stream._worker.lock):
                 for act in (
                     lambda: stream.submit("one"),
                     lambda: stream.draw("one"),
@@ -798,9 +820,11 @@ class TestDeath:
         drawing.draw = dying
         stream = open_stream()
         with drawing.busy(stream) as running:
-            running.add_done_callback(rude)
-            queued = stream.submit("one")
-        assert isinstance(queued.exception(PATIENCE), StreamClosedError)
+            futures = [running, *(stream.submit("one") for _ in range(3))]
+            for future in futures:
+                future.add_done_callback(rude)
+        for future in futures:
+            assert isinstance(future.exception(PATIENCE), StreamClosedError)
 
 
 class TestInterrupts:
@@ -874,6 +898,19 @@ class TestMemory:
         del futures
         assert [ref() for ref in watched] == [None] * 5
         assert "in sound" in "".join(traceback.format_tb(error.__traceback__))
+
+    def test_an_error_kept_keeps_nothing_of_its_computing(self, open_stream, drawing):
+        watched = []
+
+        def failing(job):
+            state = Sound(job)
+            watched.append(weakref.ref(state))
+            raise ValueError("diverged")
+
+        drawing.draw = failing
+        error = open_stream().submit("one").exception(PATIENCE)
+        assert str(error) == "diverged"
+        assert watched[0]() is None
 
     def test_a_future_kept_keeps_no_stream(self, drawing):
         stream = Stream(prepare, drawing, max_batch=2)
