@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from fastscore_kernels import resolve
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastscore.config import MelConfig
 from fastscore.denoiser import TapDenoiser, set_precision
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Voice:
-    """A denoiser and a vocoder on a device, frozen and in evaluation mode.
+    """A denoiser and a vocoder on a device, frozen and in evaluation mode; or exported ones.
 
     ``backend`` and ``precision`` as `fastscore.pipeline.Pipeline` takes them; ValueError where they
     or the device are not there, and where the shapes of the parts differ.
@@ -45,17 +45,27 @@ class Voice:
         self.precision = check_precision(precision, self.device)
         self.backend = resolve(backend, self.device.type)
         self.mel_config = vocoder.mel_config
+        self.packed = False
+        # an exported model is prepared already
+        if isinstance(denoiser, nn.Module):
+            denoiser = self._prepared(denoiser)
+        if isinstance(vocoder, nn.Module):
+            vocoder = vocoder.eval().requires_grad_(False).to(self.device)
+        self.denoiser, self.vocoder = denoiser, vocoder
+        self._front_end: LogMel | None = None
+
+    def _prepared(self, denoiser: TapDenoiser) -> TapDenoiser:
+        """Networks frozen, on the device, in its layout, precision and backend."""
         _check_shapes(denoiser, self.mel_config)
         denoiser = denoiser.eval().requires_grad_(False)
-        self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
-        set_precision(self.denoiser, "bf16" if precision == "bf16" else "fp32")
-        set_backend(self.denoiser, self.backend)
+        denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
+        set_precision(denoiser, "bf16" if self.precision == "bf16" else "fp32")
+        set_backend(denoiser, self.backend)
         # convolutions whose weights are laid out for the CPU once, not in every call
-        self.packed = self.backend == "native" and not obstacle(self.denoiser)
+        self.packed = self.backend == "native" and not obstacle(denoiser)
         if self.packed:
-            pack(self.denoiser)
-        self.vocoder = vocoder.eval().requires_grad_(False).to(self.device)
-        self._front_end: LogMel | None = None
+            pack(denoiser)
+        return denoiser
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ fastscore.export.manifest            .checkpoint .config .presets |
 fastscore.export.pt2                 torch .devices .export.draw .export.graphs .export.manifest .files .request fastscore |
 fastscore.export.onnx                torch .devices .export.graphs .export.manifest .export.pt2 .results fastscore | onnx onnxruntime onnxscript
 fastscore.export.runtime             torch .config .devices .export.graphs .export.manifest .export.onnx .export.pt2 .presets |
-fastscore.export.pipeline            .config .devices .engine .export.runtime .pipeline .request .stats kernels |
+fastscore.export.pipeline            .config .devices .engine .export.runtime .pipeline |
 fastscore.export                     .export.onnx .export.pt2 .export.runtime |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastscore_kernels import resolve
-
 from fastscore.config import to_dict
 from fastscore.devices import BATCH_SIZES
-from fastscore.engine import Engine, Model, Options
+from fastscore.engine import Options
 from fastscore.export.runtime import ExportedModel
 from fastscore.pipeline import Pipeline
-from fastscore.request import whole
-from fastscore.stats import Latencies
 
 
 class ExportedPipeline(Pipeline):
@@ -24,7 +20,6 @@ class ExportedPipeline(Pipeline):
     ValueError.
     """
 
-    # not the initialiser of Pipeline, which prepares networks: there are none
     def __init__(
         self,
         model: ExportedModel,
@@ -39,18 +34,20 @@ class ExportedPipeline(Pipeline):
                 f'mode "{options.mode}" compiles networks, and {model.path} is compiled already; '
                 'choose mode "eager"'
             )
-        self.model, self.device, self.precision = model, model.device, "fp32"
-        self.backend = resolve(backend, self.device.type)
-        self.name, self.defaults, self.mel_config = model.name, model.defaults, model.mel_config
-        size = min(BATCH_SIZES[self.device.type], model.manifest.max_batch)
-        self.batch_size = whole("batch_size", size if batch_size is None else batch_size, 1)
-        self.denoiser: Any = model.denoise
-        self.vocoder: Any = model.vocode
-        self._front_end = None
-        shape = (1, self.mel_config.n_mels, self.frames)
-        draws = Model(self.denoiser, self.finish, shape, self.device, self.backend)
-        self.engine = Engine(draws, options)
-        self._latency = Latencies()
+        self.model = model
+        size = min(BATCH_SIZES[model.device.type], model.manifest.max_batch)
+        denoise: Any = model.denoise
+        vocode: Any = model.vocode
+        super().__init__(
+            denoise,
+            vocode,
+            defaults=model.defaults,
+            name=model.name,
+            device=model.device,
+            batch_size=size if batch_size is None else batch_size,
+            backend=backend,
+            engine=options,
+        )
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready provenance: the manifest, device, backend and batch size."""
