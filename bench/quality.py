@@ -14,6 +14,7 @@ are paired. The Frechet distance depends on n, which is why one file holds rows 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
@@ -22,7 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ from fastscore.pipeline import Pipeline
 from fastscore.samplers import SAMPLERS, Guidance, SamplerSpec, initial_state, sampler_named
 from fastscore.samplers import schedule_for as named_schedule
 from fastscore.sde import karras_sigmas
-from fastscore.solver import Parts
 
 ROWS = "rows.jsonl"
 # clips of the held-out recordings on the other side of every distance, and as many as ceiling
@@ -58,9 +58,9 @@ class Setting:
 
     ``temperature`` scales fresh noise, by the sampler's own s_noise where it has one; ``start``
     scales the initial noise. Guidance is ``gamma`` * sigma^``slope`` at low < sigma <= high.
-    ``rho`` is for the karras schedule; ``levels`` are noise levels in full, in place of any.
-    ``dtype`` is that of classifier and ScoreSubnet; the solver's state is fp32 whatever it is.
-    ``options`` are further keywords of the sampler.
+    ``rho`` is for the karras schedule, ``leap`` for the one of that name; ``levels`` are noise
+    levels in full, in place of any. ``precision`` is the pipeline's. ``options`` are further
+    keywords of the sampler.
     """
 
     sampler: str = "dpmpp_2m_sde"
@@ -71,12 +71,13 @@ class Setting:
     high: float = 20.0
     schedule: str | None = None
     rho: float = 7.0
+    leap: float = 0.3
     sigma_min: float = 0.03
     sigma_max: float = 20.0
     temperature: float = 0.7
     start: float = 1.0
     levels: tuple[float, ...] = ()
-    dtype: str = "float32"
+    precision: str = "fp32"
     options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -130,6 +131,7 @@ class Setting:
             schedule=self.schedule,
             sigma_min=self.sigma_min,
             sigma_max=self.sigma_max,
+            options={"leap": self.leap} if self.schedule == "leap" else None,
         )
 
 
@@ -172,10 +174,6 @@ class Sloped:
     ) -> Tensor:
         """Denoised x0 [B, ...]."""
         return self.denoise(x, sigma, label, self._strength(sigma, gamma))
-
-    def parts(self, x: Tensor, sigma: Tensor, label: Tensor | None, gamma: Tensor | None) -> Parts:
-        """What x0 is the sum of."""
-        return self.denoise.parts(x, sigma, label, self._strength(sigma, gamma))
 
 
 @torch.no_grad()
@@ -308,7 +306,7 @@ def write_rows(out: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def grid(samplers: Sequence[str], nfes: Sequence[int]) -> list[Setting]:
-    """Every sampler at every number of evaluations that it can spend, with GRID's options.
+    """Every sampler at every number of evaluations that it can spend, as ``generic`` sets it.
 
     A sampler of two evaluations a step gets the row of the number it really takes.
     """
@@ -323,18 +321,30 @@ def grid(samplers: Sequence[str], nfes: Sequence[int]) -> list[Setting]:
 
 
 def generic(name: str, nfe: int) -> Setting:
-    """The options that a sampler is shown with in the plot."""
-    setting = Setting(sampler=name, nfe=nfe)
-    if not sampler_named(name).stochastic:
-        # nothing to cool but the start
-        setting = replace(setting, temperature=1.0)
-    return setting
+    """The setting that a sampler is shown with in the plot: one schedule and one guidance for all.
+
+    They are what the search found to serve every sampler; a sampler that adds no noise of its own
+    has only its start to cool. In bf16, which changes no figure that these rows can tell apart.
+    """
+    cooled = sampler_named(name).stochastic
+    return Setting(
+        sampler=name,
+        nfe=nfe,
+        gamma=4.0,
+        high=10.0,
+        schedule="exponential",
+        sigma_min=0.08,
+        sigma_max=40.0,
+        temperature=0.7 if cooled else 1.0,
+        start=1.0 if cooled else 0.7,
+        precision="bf16",
+    )
 
 
 def run(
     out: Path,
     jobs: Sequence[Job],
-    pipeline: Pipeline,
+    load: Callable[[str], Pipeline],
     judge: Judge,
     batch: int,
     note: str,
@@ -351,13 +361,10 @@ def run(
         )
     keys = {job: key_of(job[0].words(), *job[1:]) for job in jobs}
     missing = [job for job in keys if keys[job] not in have]
-    # casting to bfloat16 is no way back: those rows come last
-    missing.sort(key=lambda job: job[0].dtype != "float32")
     total, done, begun = sum(job[0].nfe for job in missing), 0, time.perf_counter()
     for setting, seed, first in missing:
-        pipeline.denoiser.to(getattr(torch, setting.dtype))
         start = time.perf_counter()
-        waves, labels, nfe = draw(pipeline, setting, judge.n, seed, first, batch)
+        waves, labels, nfe = draw(load(setting.precision), setting, judge.n, seed, first, batch)
         seconds = time.perf_counter() - start
         heard = listen(judge.recogniser, waves, labels)
         row = {
@@ -430,13 +437,18 @@ def main() -> None:
         lines = args.probes.read_text(encoding="utf-8").splitlines()
         settings += [Setting.parse(x) for x in lines if x.strip() and not x.startswith("#")]
     jobs = [(s, seed, first) for seed in args.seeds for first in args.firsts for s in settings]
-    pipeline = Pipeline.from_pretrained(args.preset, batch_size=args.batch)
+
+    @functools.cache
+    def load(precision: str) -> Pipeline:
+        return Pipeline.from_pretrained(args.preset, batch_size=args.batch, precision=precision)
+
+    pipeline = load("fp32")
     judge = Judge(pipeline, args.data, args.n, args.cache)
     describe(args.out, pipeline, judge, args.data)
     run(
         args.out,
         jobs,
-        pipeline,
+        load,
         judge,
         args.batch,
         args.note,

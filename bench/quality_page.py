@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from quality import Setting, generic
 
 from fastscore.files import atomic_write, write_bytes
@@ -21,6 +23,7 @@ Row = dict[str, Any]
 
 # settings were chosen on seeds below this number and confirmed on seeds from it
 CONFIRMED_FROM = 100
+BEFORE = "dpmpp_2m_sde, karras 20 to 0.03"
 # the two-sided 97.5 % quantile of Student's t by degrees of freedom (more: 1.96)
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
@@ -127,15 +130,15 @@ def write(out: Path, rows: Sequence[Row]) -> None:
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[Group]]:
-    """The generic settings of every sampler over evaluations, those that have rows."""
-    groups = grouped(rows)
+    """Settings over evaluations, those that have rows: every sampler's generic one, and BEFORE."""
+    groups = grouped([row for row in rows if row["seed"] >= CONFIRMED_FROM])
+    nfes = sorted({group.nfe for group in groups.values()})
+    shapes = {name: functools.partial(generic, name) for name in SAMPLERS}
+    shapes[BEFORE] = lambda nfe: Setting(nfe=nfe)
     found: dict[str, list[Group]] = {}
-    for name in SAMPLERS:
-        line = []
-        for nfe in sorted({group.nfe for group in groups.values()}):
-            text = generic(name, nfe).words()
-            if text in groups and groups[text].nfe == nfe:
-                line.append(groups[text])
+    for name, shape in shapes.items():
+        texts = [shape(nfe).words() for nfe in nfes]
+        line = [groups[text] for text in texts if text in groups]
         if line:
             found[name] = line
     return found
@@ -151,10 +154,10 @@ def plot(
     figure = Figure(figsize=(13, 6.2), layout="constrained")
     panels = figure.subplots(1, 2)
     styles = [("-", "o"), ("--", "s"), (":", "^")]
-    nfes = sorted({g.nfe for line in lines.values() for g in line} | {g.nfe for g in chosen})
     shown = (("accuracy", 100.0), ("frechet", 1.0))
     for axes, (name, scale) in zip(panels, shown, strict=True):
         low, high = (scale * end for end in reference.interval(name))
+        high = min(high, 100.0) if name == "accuracy" else high
         axes.axhspan(low, high, color="0.85", label=f"95 % of seeds, {_short(reference)}")
         axes.axhline(scale * reference.mean(name), color="0.5", linewidth=1)
         for i, (sampler, line) in enumerate(lines.items()):
@@ -177,19 +180,29 @@ def plot(
                 [mean],
                 yerr=[[mean - min(values)], [max(values) - mean]],
                 fmt="*",
-                markersize=14,
+                markersize=12,
                 color="k",
                 capsize=4,
                 zorder=5,
                 label="chosen, mean and range of seeds" if i == 0 else None,
             )
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator([*nfes, reference.nfe]))
+        axes.xaxis.set_major_locator(FixedLocator([4, 8, 12, 16, 30, 60]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FormatStrFormatter("%d"))
         axes.set_xlabel("denoiser evaluations")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("heard as meant, %")
+    # finer towards 100, where the good ones are
+    panels[0].set_yscale(
+        "function",
+        functions=(
+            lambda a: -np.sqrt(np.maximum(101.0 - a, 0.0)),
+            lambda v: 101.0 - np.square(np.minimum(v, 0.0)),
+        ),
+    )
+    panels[0].set_ylim(0, 100.5)
+    panels[0].yaxis.set_major_locator(FixedLocator([0, 20, 40, 60, 80, 90, 95, 98, 100]))
     panels[1].set_ylabel(f"Frechet distance, {reference.rows[0]['n']} clips")
     panels[1].set_yscale("log")
     panels[1].yaxis.set_major_locator(FixedLocator([5, 7, 10, 15, 20, 30, 50, 100, 200]))
@@ -215,7 +228,7 @@ def page(
     """quality.md."""
     record = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
     ceiling, n = record["recordings"], reference.rows[0]["n"]
-    heads = ["setting", "NFE", "seeds", "heard as meant", "confident", "Frechet", "spread"]
+    heads = ["setting", "NFE", "seed:first", "heard as meant", "confident", "Frechet", "spread"]
     parts = [
         "# Quality against evaluations",
         f"Preset `{record['pipeline']['preset']}`; {n} clips a row, by the recogniser of "
@@ -248,11 +261,11 @@ def _sorted(groups: dict[str, Group]) -> list[Group]:
 
 
 def _cells(group: Group) -> list[str]:
-    seeds = [row["seed"] for row in group.rows]
+    seeds = [f"{row['seed']}:{row.get('first', 0)}" for row in group.rows]
     return [
         f"`{group.setting}`",
         str(group.nfe),
-        ", ".join(str(s) for s in sorted(seeds)),
+        ", ".join(sorted(seeds)),
         str(group.accuracy),
         _percent(group.confident.value),
         f"{group.mean('frechet'):.2f}",
@@ -272,9 +285,9 @@ def _verdicts(reference: Group, chosen: Sequence[Group]) -> str:
             inside = mean >= low if name == "accuracy" else mean <= high
             cells.append(
                 [
-                    f"{group.nfe} evaluations",
+                    f"`{group.setting}`",
                     "heard as meant" if name == "accuracy" else "Frechet",
-                    f"{low:.2f} to {high:.2f}{unit}",
+                    f"{low:.2f} to {min(high, 100.0):.2f}{unit}",
                     f"{mean:.2f}{unit}",
                     "yes" if inside else "no",
                     f"{gap:+.2f} +- {half:.2f}",
