@@ -79,7 +79,8 @@ fastscore_kernels.traffic             |
 fastscore.noise                      torch kernels |
 fastscore.trajectory                 torch .noise .plans kernels.solver_step |
 fastscore.solver                     torch .config .plans .sde .trajectory |
-fastscore.samplers                   torch .config .noise .plans .sde .solver .trajectory |
+fastscore.loops                      torch .plans .sde .solver .trajectory |
+fastscore.samplers                   torch .config .loops .noise .plans .sde .solver .trajectory |
 fastscore.inpaint                    torch .solver .trajectory |
 fastscore.checkpoint                 torch .files | safetensors
 fastscore.cache                      numpy tqdm |
