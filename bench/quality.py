@@ -366,6 +366,11 @@ def run(
         start = time.perf_counter()
         waves, labels, nfe = draw(load(setting.precision), setting, judge.n, seed, first, batch)
         seconds = time.perf_counter() - start
+        if not waves.isfinite().all():
+            # what cannot be heard has no figures; the other settings still have
+            say(f"overflowed, no row | {keys[setting, seed, first]}")
+            total -= setting.nfe
+            continue
         heard = listen(judge.recogniser, waves, labels)
         row = {
             "setting": setting.words(),
