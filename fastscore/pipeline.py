@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -149,6 +149,7 @@ class Pipeline(Voice):
         steps: int | None = None,
         nfe: int | None = None,
         sampler: str | None = None,
+        options: Mapping[str, Any] | None = None,
         schedule: str | None = None,
         interval: tuple[float, float] | None = None,
         seed: int = 0,
@@ -162,7 +163,8 @@ class Pipeline(Voice):
 
         A label of None, alone or in a list, draws without guidance. ``guidance`` is gamma, one
         number or one a sample. ``steps`` counts solver steps, ``nfe`` bounds denoiser evaluations:
-        give one of them or neither. ``interval`` (low, high) guides at low < sigma <= high only.
+        give one of them or neither. ``options`` are keywords of the sampler, such as s_noise, over
+        the preset's. ``interval`` (low, high) guides at low < sigma <= high only.
         What is None is the preset's default.
 
         Sample i depends on ``seed`` and its number ``first`` + i: ``sample(label, seed=s,
@@ -187,6 +189,7 @@ class Pipeline(Voice):
             steps=steps,
             nfe=nfe,
             sampler=sampler,
+            options=options,
             schedule=schedule,
             interval=interval,
             seed=seed,

@@ -28,7 +28,8 @@ from fastscore.config import (
     from_dict,
     to_dict,
 )
-from fastscore.samplers import SCHEDULES, Common, sampler_named
+from fastscore.samplers import SCHEDULES, SamplerSpec, sampler_named
+from fastscore.solver import Common
 from fastscore.subnet import ScoreSubnet
 from fastscore.vocoder import Generator, load_vocoder
 
@@ -61,8 +62,7 @@ class Defaults:
 
     def __post_init__(self) -> None:
         spec = sampler_named(self.sampler)
-        taken = {"denoise", "x", "sigmas", "common", *Common.__annotations__}
-        _check_options(f"sampler {self.sampler}", spec.run, taken, self.sampler_options)
+        check_sampler_options(spec, self.sampler_options)
         if self.nfe < 1:
             raise ValueError(f"nfe {self.nfe} must be at least 1 evaluation")
         if not 0 <= self.guidance < math.inf:
@@ -76,6 +76,12 @@ class Defaults:
         name = self.schedule or spec.schedule
         taken = {"n", "sigma_min", "sigma_max", "sde"}
         _check_options(f"schedule {name}", SCHEDULES[name], taken, self.schedule_options)
+
+
+def check_sampler_options(spec: SamplerSpec, options: Mapping[str, Any]) -> None:
+    """ValueError for an option that the sampler has not."""
+    taken = {"denoise", "x", "sigmas", "common", *Common.__annotations__}
+    _check_options(f"sampler {spec.name}", spec.run, taken, options)
 
 
 def _check_options(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -14,7 +14,7 @@ from fastscore.config import SigmaRange
 from fastscore.engine import Clips, Task
 from fastscore.inpaint import Inpainting
 from fastscore.noise import seed_tensor
-from fastscore.presets import Defaults, check_interval
+from fastscore.presets import Defaults, check_interval, check_sampler_options
 from fastscore.samplers import SamplerSpec, sampler_named, schedule_for
 
 Labels = str | Sequence[str | None] | None
@@ -81,6 +81,7 @@ def make_request(
     steps: int | None = None,
     nfe: int | None = None,
     sampler: str | None = None,
+    options: Mapping[str, Any] | None = None,
     schedule: str | None = None,
     interval: tuple[float, float] | None = None,
     seed: int = 0,
@@ -89,6 +90,8 @@ def make_request(
     """Arguments of ``Pipeline.sample`` with the defaults filled in; ValueError for one unfit."""
     spec = sampler_named(defaults.sampler if sampler is None else sampler)
     own = spec.name == defaults.sampler
+    chosen = {**(defaults.sampler_options if own else {}), **(options or {})}
+    check_sampler_options(spec, chosen)
     sigmas = schedule_for(
         spec,
         _evaluations(spec, defaults, steps, nfe),
@@ -108,7 +111,7 @@ def make_request(
     return Request(
         spec=spec,
         sigmas=sigmas,
-        options=defaults.sampler_options if own else {},
+        options=chosen,
         interval=(0.0, math.inf) if interval is None else check_interval(interval),
         ids=ids,
         gammas=_gammas(defaults.guidance if guidance is None else guidance, len(ids)),

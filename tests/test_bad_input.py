@@ -130,6 +130,18 @@ REQUESTS = [
     ({"first": -1}, ["--first", "-1"], "first -1 must be"),
     ({"first": 2**32}, ["--first", str(2**32)], "exceed 2^32"),
     ({"sampler": "magic"}, ["--sampler", "magic"], "sampler 'magic' is unknown; choose one of"),
+    ({"schedule": "fine"}, ["--schedule", "fine"], "schedule 'fine' is unknown; choose one of"),
+    (
+        {"options": {"heat": 2.0}},
+        ["--option", "heat=2"],
+        "sampler euler_ancestral has no option 'heat'; it has eta, s_noise",
+    ),
+    ({"options": {"eta": 7.0}}, ["--option", "eta=7"], "eta 7.0 must be finite and from 0 to 1"),
+    (
+        {"sampler": "unipc", "steps": 1, "options": {"order": 2}},
+        ["--sampler", "unipc", "--steps", "1", "--option", "order=2"],
+        "order 2",
+    ),
     ({"interval": (3.0, 1.0)}, ["--interval", "3", "1"], "0 <= low < high"),
     ({"interval": (NAN, 1.0)}, ["--interval", "nan", "1"], "0 <= low < high"),
     ({"batch_size": 0}, ["--batch-size", "0"], "batch_size 0 must be"),

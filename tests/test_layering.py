@@ -103,7 +103,7 @@ fastscore.devices                    torch |
 fastscore.cost                       torch .denoiser .layers |
 fastscore.plot                       torch .config | matplotlib .files
 fastscore.results                    torch .config | .audio .plot
-fastscore.presets                    .checkpoint .classifier .config .samplers .subnet .vocoder |
+fastscore.presets                    .checkpoint .classifier .config .samplers .solver .subnet .vocoder |
 fastscore.engine.recorders           torch |
 fastscore.engine.programs            torch .engine.recorders |
 fastscore.engine.compiled            torch .trajectory |

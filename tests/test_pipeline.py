@@ -208,6 +208,14 @@ class TestEffort:
         assert torch.allclose(without_noise, euler, atol=1e-4)
         assert not torch.allclose(Pipeline.from_pretrained(plain).sample("yes").mels, euler)
 
+    def test_options_of_the_sampler_are_taken(self, pipe):
+        still = pipe.sample("yes", options={"eta": 0.0}).mels
+        assert not torch.allclose(still, pipe.sample("yes").mels, atol=1e-3)
+        sharp = pipe.sample("yes", sampler="unipc", options={"variant": "bh1"}).mels
+        assert torch.isfinite(sharp).all()
+        with pytest.raises(ValueError, match="sampler unipc has no option 'eta'; it has order"):
+            pipe.sample("yes", sampler="unipc", options={"eta": 0.5})
+
     def test_sigma_range_of_the_preset_is_used(self, tmp_path):
         defaults = {"sampler": "euler", "nfe": 4, "sigma_min": 0.1, "sigma_max": 5.0}
         seen = []

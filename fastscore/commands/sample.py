@@ -66,6 +66,13 @@ def add_parser(commands: Any) -> None:
     effort.add_argument("--nfe", type=int, help="most evaluations of the denoiser a sample")
     parser.add_argument("--sampler", metavar="NAME", help="solver (default: the preset's)")
     parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a keyword of the solver, such as s_noise=0.8; may be repeated",
+    )
+    parser.add_argument(
         "--schedule", metavar="NAME", help="spacing of noise levels (default: the preset's)"
     )
     parser.add_argument(
@@ -99,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"n {args.n} must be at least 1 sample a label")
     labels = [label for label in args.labels or [None] for _ in range(args.n)]
     folder, stem = _target(args.out, len(labels))
+    options = dict(_option(text) for text in args.option)
     watch = Stopwatch()
     from fastscore.results import staged_folder, write_result
 
@@ -119,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
                 steps=args.steps,
                 nfe=args.nfe,
                 sampler=args.sampler,
+                options=options,
                 schedule=args.schedule,
                 interval=args.interval and tuple(args.interval),
                 seed=args.seed,
@@ -137,6 +146,17 @@ def _load(args: argparse.Namespace) -> Pipeline:
     if args.runtime is not None or args.model is not None:
         return load_runtime(args, None if isinstance(args.preset, _Unnamed) else args.preset)
     return load_pipeline(args, args.batch_size)
+
+
+def _option(text: str) -> tuple[str, float | str]:
+    """A name and its value, a number where it is one."""
+    name, found, value = text.partition("=")
+    if not (name and found and value):
+        raise ValueError(f"--option {text!r} is not of the form NAME=VALUE; such as s_noise=0.8")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
 
 
 def _target(out: Path, count: int) -> tuple[Path, str | None]:
