@@ -3,6 +3,7 @@
 import interpreter  # noqa: F401  # before anything brings Triton
 
 # isort: split
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ from fastscore_kernels import cpu
 from kernel_cases import native_or_skip
 from refusals import refusal
 from small_presets import write_preset
+from streams import Clock, Drawing, prepare
 from torch import Tensor
 
 from fastscore import Pipeline
+from fastscore.stream import Stream
 
 # small tensors gain nothing from a second thread, and the threads' spinning costs the other core;
 # tests of threads choose their number themselves
@@ -84,3 +87,27 @@ def poisoned(monkeypatch) -> None:
             return getattr(torch, name)
 
     monkeypatch.setattr(cpu, "torch", Poisoned())
+
+
+@pytest.fixture
+def drawing():
+    return Drawing()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def open_stream(drawing):
+    """Make streams over ``drawing`` that are closed at the end, whatever happened."""
+    with contextlib.ExitStack() as stack:
+
+        def make(draw=drawing, max_batch=4, **limits):
+            stream = Stream(prepare, draw, max_batch=max_batch, **limits)
+            stack.callback(stream.close, cancel=True)
+            stack.callback(drawing.gate.set)
+            return stream
+
+        yield make
