@@ -87,7 +87,7 @@ def hashes(preset: str, backend: str | None, batches: tuple[int, ...]) -> dict[s
             engine = Engine(model, Options(deterministic=True), recorder=recorder)
             for size in batches:
                 # every clip comes to every slot: the batch is turned round by one each time
-                for turn in range(min(size, len(CLIPS))):
+                for turn in range(len(CLIPS)):
                     order = [(slot + turn) % len(CLIPS) for slot in range(size)]
                     waves = engine.draw(task, chosen(order, pipeline), max_batch=size).outputs[2]
                     kept = found.setdefault(sampler, [""] * len(CLIPS))

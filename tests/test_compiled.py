@@ -75,9 +75,10 @@ def test_another_engine_compiles_for_itself():
         assert (engine.stats().compilations, engine.stats().recompilations) == (1, 0)
 
 
-def test_no_compiler_is_said_at_once(monkeypatch):
+def test_no_compiler_is_said_at_once():
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(ValueError, match=r'needs a C\+\+ compiler .* or use mode "eager"'):
+    missing = {"cpp.cxx": (None, "no-such-compiler")}
+    message = r'needs a C\+\+ compiler .* or use mode "eager"'
+    with config.patch(missing), pytest.raises(ValueError, match=message):
         engine_of("compile")

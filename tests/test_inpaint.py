@@ -231,13 +231,16 @@ def test_speech_goes_on_across_the_seam():
         "dpmpp_2m_sde",
         12,
         denoise.sigma_range,
+        schedule=defaults.schedule,
         sigma_min=defaults.sigma_min,
         sigma_max=defaults.sigma_max,
+        options=defaults.schedule_options,
     )
 
     def run(label, seeds, inpainting=None):
         noise = NoiseSource(seeds)
-        guidance = Guidance(torch.tensor([label] * 2), 5.0, defaults.guidance_interval)
+        strength = defaults.guidance
+        guidance = Guidance(torch.tensor([label] * 2), strength, defaults.guidance_interval)
         options = {"noise": noise, "guidance": guidance, **defaults.sampler_options}
         x, sampler = initial_state(noise, shape, sigmas[0]), SAMPLERS["dpmpp_2m_sde"].run
         if inpainting is None:

@@ -66,6 +66,7 @@ def test_compiles_to_one_graph_that_serves_every_label_strength_and_noise_level(
     if not obstacle(denoiser):
         pack(denoiser)
     torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled = torch.compile(denoiser, fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(3):
@@ -73,4 +74,4 @@ def test_compiles_to_one_graph_that_serves_every_label_strength_and_noise_level(
             with torch.no_grad():
                 actual = compiled(*args)
             assert_close(actual, by_hand(*args, denoiser=denoiser))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
