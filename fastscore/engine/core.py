@@ -116,7 +116,9 @@ class Engine:
         self._runner = (
             Direct(model) if recorder is None else Recording(model, recorder, self._programs)
         )
-        self._fixed_sizes = recorder is not None or options.mode == "compile"
+        # a deterministic clip is computed alone, never in a batch that was filled up
+        fixed = recorder is not None or options.mode == "compile"
+        self._fixed_sizes = fixed and not options.deterministic
         self._largest = 1 if options.deterministic else options.buckets[-1]
         self._counts = {"batches": 0, "clips": 0, "evaluations": 0, "splits": 0}
 
