@@ -32,18 +32,22 @@ class Prepared(Protocol):
         ...
 
 
-class Linear(nn.Linear):
-    """nn.Linear that knows its pull-back and takes a prepared weight where one is at hand."""
+class _Preparable(nn.Module):
+    """A layer that takes a prepared weight where one is at hand."""
 
     # neither parameter nor buffer: a prepared weight is not part of the state
     prepared: Prepared | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in] -> [B, out]."""
+        """What the layer without it computes."""
         prepared = self.prepared
         if prepared is not None and prepared.takes(self, x):
             return prepared.forward(self, x)
         return super().forward(x)
+
+
+class Linear(_Preparable, nn.Linear):
+    """nn.Linear, [B, in] -> [B, out], that knows its pull-back."""
 
     def pull(self, grad: Tensor) -> Tensor:
         """Cotangents of the output [B, out] to those of the input [B, in]."""
@@ -53,18 +57,8 @@ class Linear(nn.Linear):
         return grad @ self.weight
 
 
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d that knows its pull-back and takes a prepared weight where one is at hand."""
-
-    # neither parameter nor buffer: a prepared weight is not part of the state
-    prepared: Prepared | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x [B, C, H, W]."""
-        prepared = self.prepared
-        if prepared is not None and prepared.takes(self, x):
-            return prepared.forward(self, x)
-        return super().forward(x)
+class Conv2d(_Preparable, nn.Conv2d):
+    """nn.Conv2d of x [B, C, H, W] that knows its pull-back."""
 
     def output_padding_of(self, x: Sequence[int], y: Sequence[int]) -> list[int]:
         """Rows and columns of an input of shape x that the stride of an output of y left over."""
