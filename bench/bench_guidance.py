@@ -37,7 +37,7 @@ def model(preset: str) -> TapDenoiser:
     if preset != "digits":
         return denoiser(preset, torch.device("cpu"))
     parts = load_parts(preset)
-    net = TapDenoiser(parts.classifier, parts.subnet, parts.space, parts.sigma)
+    net = parts.denoiser()
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

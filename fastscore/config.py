@@ -159,6 +159,40 @@ class SubnetConfig:
         )
 
 
+@dataclass(frozen=True)
+class UNetConfig:
+    """U-Net score network, the usual one: width, residual blocks and attention of every level."""
+
+    n_mels: int = 80
+    frames: int = 64
+    patch: int = 2
+    channels: tuple[int, ...] = (32, 56, 80)
+    blocks: tuple[int, ...] = (2, 2, 2)
+    attention: tuple[bool, ...] = (False, False, True)
+    heads: int = 4
+    groups: int = 8
+    emb_dim: int = 128
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.channels) == len(self.blocks) == len(self.attention) > 0,
+            f"UNetConfig: channels {self.channels}, blocks {self.blocks} and attention "
+            f"{self.attention} must have one entry a level",
+        )
+        _require(
+            all(c % self.groups == 0 and c % self.heads == 0 for c in self.channels),
+            f"UNetConfig: channels {self.channels} must be multiples of groups {self.groups} and "
+            f"heads {self.heads}",
+        )
+        total = self.patch * 2 ** (len(self.channels) - 1)
+        _require(
+            self.n_mels % total == 0 and self.frames % total == 0,
+            f"UNetConfig: {self.n_mels}x{self.frames} must be a multiple of {total} on both "
+            "sides (patch x 2^(levels - 1))",
+        )
+
+
 # ``tiny`` trains on a laptop's CPU and ships; ``paper`` has the published model's size and cost
 CLASSIFIERS = {
     "tiny": ClassifierConfig(dropout=0.1),
@@ -169,6 +203,13 @@ SUBNETS = {
     "paper": SubnetConfig(
         channels=(144, 112, 112), blocks=(5, 2, 2), attention=(False, True, True), emb_dim=256
     ),
+}
+# the baseline with as many parameters as ScoreSubnet, and as classifier and ScoreSubnet together
+UNETS = {
+    "tiny-equal-trainable": UNetConfig(channels=(32, 48, 56)),
+    "tiny-equal-total": UNetConfig(channels=(40, 64, 80)),
+    "paper-equal-trainable": UNetConfig(channels=(56, 80, 112), emb_dim=256),
+    "paper-equal-total": UNetConfig(channels=(104, 144, 192), emb_dim=256),
 }
 
 

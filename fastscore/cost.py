@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fastscore.denoiser import TapDenoiser
+from fastscore.denoiser import Denoiser
 from fastscore.layers import set_backend
 
 # Makarov and Gerkmann 2026 (arXiv 2606.20457): a step at 80 x 64, and millions of parameters
@@ -19,7 +19,7 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def tap_shapes(denoiser: TapDenoiser) -> dict[str, tuple[int, int, int]]:
+def tap_shapes(denoiser: Denoiser) -> dict[str, tuple[int, int, int]]:
     """Shape (channels, height, width) of every tap by name; gradient taps have the same."""
     model = _meta(denoiser)
     x, sigma = _inputs(model, 1)
@@ -29,7 +29,7 @@ def tap_shapes(denoiser: TapDenoiser) -> dict[str, tuple[int, int, int]]:
     return {name: tuple(tap.shape[1:]) for name, tap in zip(names, taps, strict=True)}
 
 
-def step_macs(denoiser: TapDenoiser, batch: int = 1) -> dict[str, int]:
+def step_macs(denoiser: Denoiser, batch: int = 1) -> dict[str, int]:
     """Multiply-accumulates of an unguided and a guided evaluation of ``batch`` samples.
 
     Half the floating-point operations that torch.utils.flop_counter counts: convolutions and matrix
@@ -44,20 +44,21 @@ def step_macs(denoiser: TapDenoiser, batch: int = 1) -> dict[str, int]:
     label = torch.zeros(batch, dtype=torch.int64, device="meta")
     found = {}
     for name, guidance in (("unguided", (None, None)), ("guided", (label, sigma))):
+        if name == "guided" and model.classifier is None:
+            continue
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(x, sigma, *guidance)
         found[name] = counter.get_total_flops() // 2
     return found
 
 
-def _meta(denoiser: TapDenoiser) -> TapDenoiser:
+def _meta(denoiser: Denoiser) -> Denoiser:
     model = copy.deepcopy(denoiser).to("meta")
     # nothing is computed there, whatever the model's own backend is
     set_backend(model, None)
     return model
 
 
-def _inputs(denoiser: TapDenoiser, batch: int) -> tuple[Tensor, Tensor]:
-    config = denoiser.classifier.config
-    x = torch.empty(batch, 1, config.n_mels, config.frames, device="meta")
+def _inputs(denoiser: Denoiser, batch: int) -> tuple[Tensor, Tensor]:
+    x = torch.empty(batch, 1, *denoiser.shape, device="meta")
     return x, torch.ones(batch, device="meta")

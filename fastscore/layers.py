@@ -1,4 +1,4 @@
-"""Blocks that classifier and ScoreSubnet share: noise embedding, norm with FiLM, residual block."""
+"""Blocks that the networks share: noise embedding, norm with FiLM, residual block, upsampling."""
 
 from __future__ import annotations
 
@@ -186,6 +186,19 @@ class ResBlock(nn.Module):
             return grad + pull_norm1(pull_conv1(pull_norm2(pull_conv2(grad))))
 
         return x + y, pull
+
+
+class Upsample(nn.Module):
+    """1x1 projection to the next width, nearest-neighbour doubling, 3x3 convolution."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.proj = Conv2d(channels_in, channels_out, 1)
+        self.conv = Conv2d(channels_out, channels_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, 2 H, 2 W]."""
+        return self.conv(F.interpolate(self.proj(x), scale_factor=2.0, mode="nearest"))
 
 
 def chain(pulls: Sequence[Pull]) -> Pull:

@@ -18,7 +18,7 @@ from fastscore_kernels.registration import untraced
 from fastscore_kernels.winograd import winograd, winograd_pack
 from torch import Tensor, nn
 
-from fastscore.denoiser import TapDenoiser
+from fastscore.denoiser import Denoiser
 from fastscore.layers import Conv2d, Linear
 
 _OPS = torch.ops.mkldnn
@@ -39,7 +39,7 @@ def obstacle(module: nn.Module) -> str:
     return ""
 
 
-def pack(denoiser: TapDenoiser) -> int:
+def pack(denoiser: Denoiser) -> int:
     """Prepare the layers of ``denoiser`` for inference; returns how many convolutions there are.
 
     Forward and pull-back have a weight each besides the model's own, which stays what is saved and
@@ -65,7 +65,7 @@ def pack(denoiser: TapDenoiser) -> int:
 
 
 @torch.no_grad()
-def _shapes(denoiser: TapDenoiser) -> dict[Conv2d, tuple[torch.Size, torch.Size]]:
+def _shapes(denoiser: Denoiser) -> dict[Conv2d, tuple[torch.Size, torch.Size]]:
     """Shapes of every convolution's input and output in a step of one sample."""
     found: dict[Conv2d, tuple[torch.Size, torch.Size]] = {}
 
@@ -73,9 +73,10 @@ def _shapes(denoiser: TapDenoiser) -> dict[Conv2d, tuple[torch.Size, torch.Size]
         found[conv] = (args[0].shape, y.shape)
 
     hooks = [conv.register_forward_hook(note) for conv in _convolutions(denoiser)]
-    config = denoiser.classifier.config
+    label = None if denoiser.classifier is None else torch.zeros(1, dtype=torch.int64)
+    gamma = None if label is None else torch.ones(1)
     try:
-        denoiser(torch.zeros(1, 1, config.n_mels, config.frames), torch.ones(1))
+        denoiser(torch.zeros(1, 1, *denoiser.shape), torch.ones(1), label, gamma)
     finally:
         for hook in hooks:
             hook.remove()

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastscore.checkpoint import weights_hash
 from fastscore.classifier import Classifier
 from fastscore.config import MelSpace, SigmaRange, to_dict
-from fastscore.denoiser import TapDenoiser
+from fastscore.denoiser import Denoiser, compose
 from fastscore.devices import BATCH_SIZES, check_precision, fp32_products, usable_device
 from fastscore.engine import BatchWatcher, Clips, Drawn, Engine, Model, Options, Task, joined
 from fastscore.inpaint import Inpainting
@@ -31,6 +31,7 @@ from fastscore.samplers import SamplingCancelledError
 from fastscore.stats import Latencies, process_memory
 from fastscore.stream import QUEUE_SIZE, Stream
 from fastscore.subnet import ScoreSubnet
+from fastscore.unet import UNet
 from fastscore.vocoder import Generator
 from fastscore.voice import Voice
 
@@ -75,7 +76,7 @@ class Pipeline(Voice):
 
     def __init__(
         self,
-        denoiser: TapDenoiser,
+        denoiser: Denoiser,
         vocoder: Generator,
         *,
         defaults: Defaults | None = None,
@@ -100,7 +101,7 @@ class Pipeline(Voice):
     def from_parts(
         cls,
         classifier: Classifier,
-        subnet: ScoreSubnet,
+        network: ScoreSubnet | UNet,
         vocoder: Generator,
         *,
         space: MelSpace,
@@ -109,8 +110,8 @@ class Pipeline(Voice):
         name: str = "custom",
         **setup: Unpack[Setup],
     ) -> Pipeline:
-        """Pipeline of a classifier of your own, the ScoreSubnet trained on it and a vocoder."""
-        denoiser = TapDenoiser(classifier, subnet, space, sigma)
+        """Pipeline of a classifier of your own, a score network trained on it and a vocoder."""
+        denoiser = compose(classifier, network, space, sigma)
         return cls(denoiser, vocoder, defaults=defaults, name=name, **setup)
 
     @classmethod
@@ -127,7 +128,7 @@ class Pipeline(Voice):
         check_precision(setup.get("precision", "fp32"), device)
         parts = load_parts(preset)
         return cls.from_parts(
-            *(parts.classifier, parts.subnet, parts.vocoder),
+            *(parts.classifier, parts.network, parts.vocoder),
             space=parts.space,
             sigma=parts.sigma,
             defaults=parts.defaults,
@@ -272,11 +273,7 @@ class Pipeline(Voice):
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready provenance: preset, defaults, device, backend, sizes and hashes of weights."""
-        parts = {
-            "classifier": self.denoiser.classifier,
-            "subnet": self.denoiser.subnet,
-            "vocoder": self.vocoder,
-        }
+        parts = {**self.denoiser.networks, "vocoder": self.vocoder}
         return {
             "preset": self.name,
             "device": str(self.device),

@@ -1,4 +1,4 @@
-"""Presets: folders with a classifier, its ScoreSubnet, a vocoder and how to sample from them."""
+"""Presets: folders with a classifier, a score network, a vocoder and how to sample from them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ from fastscore.config import (
     MelSpace,
     SigmaRange,
     SubnetConfig,
+    UNetConfig,
     from_dict,
     to_dict,
 )
+from fastscore.denoiser import Denoiser, compose
 from fastscore.samplers import SCHEDULES, SamplerSpec, sampler_named
 from fastscore.solver import Common
 from fastscore.subnet import ScoreSubnet
+from fastscore.unet import UNet
 from fastscore.vocoder import Generator, load_vocoder
 
 CLASSIFIER, SCORE, VOCODER = "classifier.safetensors", "score.safetensors", "vocoder.safetensors"
@@ -109,13 +112,17 @@ class Parts(NamedTuple):
     """What a preset folder holds, read and found to belong together."""
 
     classifier: Classifier
-    subnet: ScoreSubnet
+    network: ScoreSubnet | UNet
     vocoder: Generator
     mel: MelConfig
     space: MelSpace
     sigma: SigmaRange
     defaults: Defaults
     folder: Path
+
+    def denoiser(self) -> Denoiser:
+        """The denoiser that classifier and score network make."""
+        return compose(self.classifier, self.network, self.space, self.sigma)
 
 
 def check_interval(interval: tuple[float, ...]) -> tuple[float, float]:
@@ -181,7 +188,12 @@ def load_parts(name: str | os.PathLike[str]) -> Parts:
     folder = preset_folder(name)
     defaults = read_defaults(folder / DEFAULTS)
     one = load_checkpoint(folder / CLASSIFIER, "classifier")
-    two = load_checkpoint(folder / SCORE, "score")
+    two = load_checkpoint(folder / SCORE)
+    if two.kind not in _NETWORKS:
+        raise ValueError(
+            f"{two.path} holds a {two.kind!r} model, but a {' or '.join(map(repr, _NETWORKS))} "
+            "model is needed here"
+        )
     vocoder = load_vocoder(folder / VOCODER)
     for what in ("mel", "space", "sigma"):
         stored = {CLASSIFIER: _part(one, what), SCORE: _part(two, what)}
@@ -189,8 +201,8 @@ def load_parts(name: str | os.PathLike[str]) -> Parts:
             stored[VOCODER] = to_dict(vocoder.mel_config)
         _require_equal(folder, what, stored)
     frozen = _classifier(one)
-    subnet = _subnet(two, one, frozen.model)
-    return Parts(frozen.model, subnet, vocoder, *frozen[1:], defaults, folder)
+    network = _NETWORKS[two.kind](two, one, frozen.model)
+    return Parts(frozen.model, network, vocoder, *frozen[1:], defaults, folder)
 
 
 def read_classifier(path: str | os.PathLike[str]) -> Frozen:
@@ -232,6 +244,17 @@ def _subnet(stored: Checkpoint, beside: Checkpoint, classifier: Classifier) -> S
     subnet = ScoreSubnet(_config(SubnetConfig, stored, "subnet"), classifier.config)
     load_into(subnet, stored.tensors, stored.path or SCORE)
     return subnet
+
+
+def _unet(stored: Checkpoint, beside: Checkpoint, classifier: Classifier) -> UNet:
+    """U-Net of a checkpoint; any classifier of its space can guide it."""
+    unet = UNet(_config(UNetConfig, stored, "unet"))
+    load_into(unet, stored.tensors, stored.path or SCORE)
+    return unet
+
+
+# kinds of checkpoint that predict the score
+_NETWORKS = {"score": _subnet, "unet": _unet}
 
 
 def _part(checkpoint: Checkpoint, key: str) -> dict[str, Any]:

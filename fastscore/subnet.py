@@ -8,7 +8,15 @@ from fastscore_kernels import Norms, Projections, dense, tap_fuse, tap_norm, tap
 from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig, SubnetConfig
-from fastscore.layers import Conv2d, Linear, NoiseEmbedding, NormAct, ResBlock, zero_init
+from fastscore.layers import (
+    Conv2d,
+    Linear,
+    NoiseEmbedding,
+    NormAct,
+    ResBlock,
+    Upsample,
+    zero_init,
+)
 
 
 class TapFusion(nn.Module):
@@ -79,19 +87,6 @@ class TapFusion(nn.Module):
 def _autocasting(t: Tensor) -> bool:
     # of a kind of device that knows no autocast PyTorch will not be asked
     return t.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(t.device.type)
-
-
-class Upsample(nn.Module):
-    """1x1 projection to the next width, nearest-neighbour doubling, 3x3 convolution."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        self.proj = Conv2d(channels_in, channels_out, 1)
-        self.conv = Conv2d(channels_out, channels_out, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C_out, 2 H, 2 W]."""
-        return self.conv(F.interpolate(self.proj(x), scale_factor=2.0, mode="nearest"))
 
 
 class ScoreSubnet(nn.Module):

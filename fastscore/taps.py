@@ -43,12 +43,7 @@ def read_taps(
     gradient taps of a guided batch are those of an unguided one up to rounding, not to the bit.
     """
     emb = classifier.embed(c_noise)
-    own = hasattr(classifier, "linearize_lower") and hasattr(classifier, "linearize_upper")
-    lower, upper = (
-        (classifier.linearize_lower, classifier.linearize_upper)
-        if own
-        else (_transform_lower(classifier), _transform_upper(classifier))
-    )
+    lower, upper = _linearized(classifier)
     pull_lower = None
     if label is None:
         h = classifier.lower(x, emb)
@@ -58,12 +53,37 @@ def read_taps(
     p = logits.float().softmax(dim=1)
     if label is None or pull_lower is None:
         return Taps(logits, features, pull_upper(p.to(logits.dtype)), None)
-    classes = torch.arange(logits.shape[1], device=label.device)
-    chosen = ((classes == label[:, None]).float() - p) * (label >= 0).float()[:, None]
-    both = pull_upper(torch.cat((p, chosen)).to(logits.dtype))
+    both = pull_upper(torch.cat((p, _chosen(p, label))).to(logits.dtype))
     b = x.shape[0]
     # the shallowest tap carries the whole cotangent of the class
     return Taps(logits, features, tuple(t[:b] for t in both), pull_lower(both[0][b:]))
+
+
+def class_gradient(classifier: Classifier, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+    """grad_x log p(y|x) of ``classifier`` alone, shaped as the scaled input x.
+
+    One forward pass and one vector-Jacobian product; arguments as those of `read_taps`, and the
+    same numbers as its ``guidance``.
+    """
+    emb = classifier.embed(c_noise)
+    lower, upper = _linearized(classifier)
+    h, pull_lower = lower(x, emb)
+    logits, _, pull_upper = upper(h, emb)
+    chosen = _chosen(logits.float().softmax(dim=1), label)
+    return pull_lower(pull_upper(chosen.to(logits.dtype))[0])
+
+
+def _chosen(p: Tensor, label: Tensor) -> Tensor:
+    """Cotangent e_y - p of log p(y|x), zero where the label is -1."""
+    classes = torch.arange(p.shape[1], device=label.device)
+    return ((classes == label[:, None]).float() - p) * (label >= 0).float()[:, None]
+
+
+def _linearized(classifier: Classifier) -> tuple[Callable, Callable]:
+    """``linearize_lower`` and ``linearize_upper``: the classifier's own or derived ones."""
+    if hasattr(classifier, "linearize_lower") and hasattr(classifier, "linearize_upper"):
+        return classifier.linearize_lower, classifier.linearize_upper
+    return _transform_lower(classifier), _transform_upper(classifier)
 
 
 def _transform_lower(classifier: Classifier) -> Callable:

@@ -11,7 +11,7 @@ from fastscore_kernels import resolve
 from torch import Tensor, nn
 
 from fastscore.config import MelConfig
-from fastscore.denoiser import TapDenoiser, set_precision
+from fastscore.denoiser import Denoiser, set_precision
 from fastscore.devices import check_precision, usable_device
 from fastscore.inpaint import prefix_mask
 from fastscore.layers import set_backend
@@ -35,7 +35,7 @@ class Voice:
 
     def __init__(
         self,
-        denoiser: TapDenoiser,
+        denoiser: Denoiser,
         vocoder: Generator,
         device: str | torch.device = "cpu",
         backend: str | None = None,
@@ -54,7 +54,7 @@ class Voice:
         self.denoiser, self.vocoder = denoiser, vocoder
         self._front_end: LogMel | None = None
 
-    def _prepared(self, denoiser: TapDenoiser) -> TapDenoiser:
+    def _prepared(self, denoiser: Denoiser) -> Denoiser:
         """Networks frozen, on the device, in its layout, precision and backend."""
         _check_shapes(denoiser, self.mel_config)
         denoiser = denoiser.eval().requires_grad_(False)
@@ -206,11 +206,11 @@ class Voice:
         return self._front_end
 
 
-def _check_shapes(denoiser: TapDenoiser, mel: MelConfig) -> None:
-    config, frames = denoiser.classifier.config, denoiser.space.frames
-    if (config.n_mels, config.frames) != (mel.n_mels, frames):
+def _check_shapes(denoiser: Denoiser, mel: MelConfig) -> None:
+    (bands, length), frames = denoiser.shape, denoiser.space.frames
+    if (bands, length) != (mel.n_mels, frames):
         raise ValueError(
-            f"the classifier reads {config.n_mels} bands x {config.frames} frames, but the vocoder "
+            f"the classifier reads {bands} bands x {length} frames, but the vocoder "
             f"inverts {mel.n_mels} bands and the space has {frames} frames; use parts made for "
             "each other"
         )

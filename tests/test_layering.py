@@ -91,7 +91,8 @@ fastscore.layers                     torch kernels kernels.norm_act |
 fastscore.classifier                 torch .config .layers |
 fastscore.taps                       torch .classifier .layers |
 fastscore.subnet                     torch .config .layers kernels kernels.tap_fuse kernels.tap_norm kernels.tap_path |
-fastscore.denoiser                   torch .classifier .config .subnet .taps .trajectory |
+fastscore.unet                       torch .config .layers kernels.tap_fuse |
+fastscore.denoiser                   torch .classifier .config .subnet .taps .trajectory .unet |
 fastscore.packed                     torch .denoiser .layers kernels kernels.linear kernels.registration kernels.winograd |
 fastscore.vocoder.spectral           numpy torch .config |
 fastscore.vocoder.hifigan            torch .config |
@@ -103,7 +104,7 @@ fastscore.devices                    torch |
 fastscore.cost                       torch .denoiser .layers |
 fastscore.plot                       torch .config | matplotlib .files
 fastscore.results                    torch .config | .audio .plot
-fastscore.presets                    .checkpoint .classifier .config .samplers .solver .subnet .vocoder |
+fastscore.presets                    .checkpoint .classifier .config .denoiser .samplers .solver .subnet .unet .vocoder |
 fastscore.engine.recorders           torch |
 fastscore.engine.programs            torch .engine.recorders |
 fastscore.engine.compiled            torch .trajectory |
@@ -117,7 +118,7 @@ fastscore.stats                      | torch
 fastscore.batching                   .devices .stats |
 fastscore.stream                     .batching .request .stats |
 fastscore.voice                      torch .config .denoiser .devices .inpaint .layers .packed .vocoder kernels | numpy .audio .hearing
-fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .inpaint .noise .presets .request .results .samplers .stats .stream .subnet .vocoder .voice kernels |
+fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .inpaint .noise .presets .request .results .samplers .stats .stream .subnet .unet .vocoder .voice kernels |
 fastscore.export.draw                .config .presets .request |
 fastscore.export.graphs              torch .checkpoint .config .denoiser .layers .presets .vocoder .vocoder.spectral |
 fastscore.export.manifest            .checkpoint .config .presets |
@@ -153,7 +154,9 @@ fastscore.train.step                 torch .train.ema .train.launch .train.task 
 fastscore.train.loop                 torch .train.launch .train.logs .train.record .train.state .train.step .train.task | lightning_fabric
 fastscore.train.mels                 numpy torch .config .data |
 fastscore.train.classifier           torch .checkpoint .classifier .config .data .denoiser .train.mels |
-fastscore.train.score                torch .checkpoint .classifier .config .data .denoiser .subnet .taps .train.mels |
+fastscore.train.denoising            torch .checkpoint .config .data .denoiser .train.mels |
+fastscore.train.score                torch .checkpoint .classifier .config .data .subnet .taps .train.denoising .train.mels |
+fastscore.train.unet                 torch .config .data .train.denoising .train.mels .unet |
 fastscore.train.vocoder_data         numpy torch .audio .config .train.pitch | .data
 fastscore.train.vocoder_losses       torch |
 fastscore.train.vocoder              torch .audio .config .train.discriminators .train.task .train.vocoder_data .train.vocoder_losses .vocoder .vocoder.spectral .vocoder.weightnorm | .data
@@ -166,7 +169,7 @@ fastscore.commands.export            .commands.common | .engine .export .export.
 fastscore.commands.info              .commands.common | torch .classifier .config .cost .denoiser .pipeline .presets .subnet
 fastscore.commands.sample            .commands.common .commands.export | .pipeline .results
 fastscore.commands.vocode            .commands.common | .audio .devices .hearing .presets .results .vocoder
-fastscore.commands.train             | torch .checkpoint .config .data .folders .metrics.recogniser .presets .train.classifier .train.loop .train.mels .train.recogniser .train.score .train.task .train.vocoder
+fastscore.commands.train             | torch .checkpoint .config .data .folders .metrics.recogniser .presets .train.classifier .train.denoising .train.loop .train.mels .train.recogniser .train.score .train.task .train.unet .train.vocoder
 fastscore.cli                        .commands.classify .commands.evaluate .commands.export .commands.info .commands.sample .commands.train .commands.vocode | fastscore
 fastscore.__main__                   .cli |
 """  # noqa: E501

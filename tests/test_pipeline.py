@@ -143,7 +143,7 @@ class TestMeaning:
     def test_research_use_without_a_preset(self, folder):
         parts = load_parts(folder)
         pipe = Pipeline.from_parts(
-            parts.classifier, parts.subnet, parts.vocoder, space=parts.space, sigma=parts.sigma
+            parts.classifier, parts.network, parts.vocoder, space=parts.space, sigma=parts.sigma
         )
         assert pipe.guidance == 3.0
         result = pipe.sample("down", steps=2)

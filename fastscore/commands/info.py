@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastscore.commands.common import DEFAULT_PRESET
 
 if TYPE_CHECKING:
-    from fastscore.denoiser import TapDenoiser
+    from fastscore.denoiser import Denoiser
 
 
 def add_parser(commands: Any) -> None:
@@ -85,11 +85,12 @@ def _model(name: str) -> dict[str, Any]:
     }
 
 
-def _network(denoiser: TapDenoiser) -> dict[str, Any]:
+def _network(denoiser: Denoiser) -> dict[str, Any]:
     from fastscore.cost import step_macs, tap_shapes
 
+    shapes = tap_shapes(denoiser) if denoiser.PART == "subnet" else {}
     return {
-        "taps": {name: list(shape) for name, shape in tap_shapes(denoiser).items()},
+        "taps": {name: list(shape) for name, shape in shapes.items()},
         "macs": step_macs(denoiser),
     }
 
@@ -103,10 +104,12 @@ def _text(facts: dict[str, Any]) -> str:
     if "labels" in facts:
         lines.append(f"labels: {', '.join(facts['labels'])}")
     counts = dict(facts["parameters"])
-    counts["classifier and subnet"] = counts["classifier"] + counts["subnet"]
+    score = "unet" if "unet" in counts else "subnet"
+    counts[f"classifier and {score}"] = counts["classifier"] + counts[score]
     lines.append("parameters:")
     lines += [_row(k, f"{v:,}", published["parameters"].get(k)) for k, v in counts.items()]
-    lines.append("taps (channels x bands x frames), a feature and a gradient tap each:")
+    if facts["taps"]:
+        lines.append("taps (channels x bands x frames), a feature and a gradient tap each:")
     lines += [_row(k, " x ".join(map(str, v))) for k, v in facts["taps"].items()]
     lines.append("multiply-accumulates a step (convolutions and matrix products):")
     lines += [_row(k, f"{v:,}", published["macs"].get(k)) for k, v in facts["macs"].items()]

@@ -1,4 +1,4 @@
-"""``fastscore train``: train a classifier, a ScoreSubnet, a vocoder or a recogniser."""
+"""``fastscore train``: a classifier, a ScoreSubnet, a U-Net, a vocoder or a recogniser."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastscore.presets import Frozen
     from fastscore.train.task import LoopConfig, Task
 
 _TUNED = (
@@ -27,10 +28,10 @@ _TUNED = (
 
 
 def add_parser(commands: Any) -> None:
-    """Describe the command and its four trainings."""
+    """Describe the command and its trainings."""
     parser = commands.add_parser(
         "train",
-        help="train a classifier, a ScoreSubnet, a vocoder or a recogniser",
+        help="train a classifier, a ScoreSubnet, a U-Net, a vocoder or a recogniser",
         description="Train one part. A training that was interrupted or killed goes on where it "
         "was when the same command is given again. Several machines train together under torchrun.",
         epilog="fastscore train PART --help describes a training.",
@@ -44,15 +45,20 @@ def add_parser(commands: Any) -> None:
         "--initial", type=Path, metavar="FILE", help="start from the weights of this classifier"
     )
     score = _part(parts, "score", "ScoreSubnet over a frozen classifier", _score)
-    score.add_argument(
-        "--classifier", type=Path, required=True, metavar="FILE", help="the frozen classifier"
-    )
+    _add_denoiser(score, "the frozen classifier")
     _add_model(score)
-    _add_corruption(score)
-    _add_skip(score)
     taps = score.add_mutually_exclusive_group()
     taps.add_argument("--feature-taps-only", action="store_true", help="no gradient taps")
     taps.add_argument("--gradient-taps-only", action="store_true", help="no feature taps")
+    unet = _part(parts, "unet", "U-Net score network, the baseline", _unet)
+    _add_denoiser(unet, "the classifier that will guide it: its Mel, normalisation, noise levels")
+    unet.add_argument(
+        "--preset",
+        default="tiny-equal-trainable",
+        metavar="NAME",
+        help="tiny or paper, each -equal-trainable or -equal-total (default: %(default)s)",
+    )
+    unet.add_argument("--compile", action="store_true", help="run through torch.compile")
     vocoder = _part(parts, "vocoder", "vocoder", _vocoder)
     vocoder.add_argument(
         "--preset",
@@ -113,6 +119,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--preset", default="tiny", metavar="NAME", help="tiny or paper (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="run through torch.compile")
+
+
+def _add_denoiser(parser: argparse.ArgumentParser, classifier: str) -> None:
+    parser.add_argument("--classifier", type=Path, required=True, metavar="FILE", help=classifier)
+    _add_corruption(parser)
+    _add_skip(parser)
 
 
 def _add_corruption(parser: argparse.ArgumentParser) -> None:
@@ -185,10 +197,7 @@ def _score(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
     import torch
 
     from fastscore.config import SUBNETS
-    from fastscore.data import load_mels
-    from fastscore.presets import read_classifier
     from fastscore.train.score import ScoreTask
-    from fastscore.train.task import LoopConfig
 
     config = _named(args.preset, SUBNETS)
     config = dataclasses.replace(
@@ -196,6 +205,33 @@ def _score(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
         feature_taps=not args.gradient_taps_only,
         gradient_taps=not args.feature_taps_only,
     )
+    frozen, loop, common = _denoising(args)
+    return ScoreTask(
+        config,
+        frozen.model,
+        **common,
+        # nothing is learned in the classifier, so it can run in the low precision throughout
+        tap_dtype=torch.bfloat16 if loop.precision == "bf16-mixed" else torch.float32,
+        compiled=args.compile,
+    ), loop
+
+
+def _unet(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
+    from fastscore.config import UNETS
+    from fastscore.train.unet import UNetTask
+
+    config = _named(args.preset, UNETS)
+    _, loop, common = _denoising(args)
+    return UNetTask(config, **common, compiled=args.compile), loop
+
+
+def _denoising(args: argparse.Namespace) -> tuple[Frozen, LoopConfig, dict[str, Any]]:
+    """The classifier, the loop, and what every denoising task is given: data, levels, batch."""
+    from fastscore.data import load_mels
+    from fastscore.presets import read_classifier
+    from fastscore.train.denoising import DenoisingTask
+    from fastscore.train.task import LoopConfig
+
     recipe = LoopConfig(
         steps=6500,
         batch_size=32,
@@ -213,19 +249,18 @@ def _score(args: argparse.Namespace) -> tuple[Task, LoopConfig]:
     train, held_out = (
         load_mels(_roots(args), split, **common) for split in ("train", "validation")
     )
-    return ScoreTask(
-        config,
-        frozen.model,
-        train,
-        held_out,
-        frozen.space,
-        frozen.sigma,
-        loop.batch_size,
-        **_corruption(args, ScoreTask),
-        # nothing is learned in the classifier, so it can run in the low precision throughout
-        tap_dtype=torch.bfloat16 if loop.precision == "bf16-mixed" else torch.float32,
-        compiled=args.compile,
-    ), loop
+    return (
+        frozen,
+        loop,
+        {
+            "train": train,
+            "validation": held_out,
+            "space": frozen.space,
+            "sigma": frozen.sigma,
+            "batch_size": loop.batch_size,
+            **_corruption(args, DenoisingTask),
+        },
+    )
 
 
 def _corruption(args: argparse.Namespace, task: Any) -> dict[str, Any]:

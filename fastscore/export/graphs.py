@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastscore.checkpoint import weights_hash
 from fastscore.config import SpectralVocoderConfig
-from fastscore.denoiser import TapDenoiser
+from fastscore.denoiser import Denoiser
 from fastscore.layers import set_backend
 from fastscore.presets import Parts, load_parts
 from fastscore.vocoder import Generator, SpectralGenerator
@@ -33,7 +33,7 @@ TRACED_BATCH = 3
 class Guided(nn.Module):
     """x0 [B, 1, n_mels, frames] of (x, sigma [B], label [B] int64, -1: none, gamma [B])."""
 
-    def __init__(self, denoiser: TapDenoiser) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
 
@@ -45,7 +45,7 @@ class Guided(nn.Module):
 class Unguided(nn.Module):
     """x0 [B, 1, n_mels, frames] of (x, sigma [B]): nothing below the shallowest tap is computed."""
 
-    def __init__(self, denoiser: TapDenoiser) -> None:
+    def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
 
@@ -100,8 +100,7 @@ def load_model(preset: str | os.PathLike[str], device: torch.device) -> Model:
     """The graphs of a preset; ValueError as `fastscore.presets.load_parts` raises it."""
     parts = load_parts(preset)
     hashes = part_hashes(parts)
-    denoiser = TapDenoiser(parts.classifier, parts.subnet, parts.space, parts.sigma)
-    denoiser = denoiser.to(device, memory_format=torch.channels_last)
+    denoiser = parts.denoiser().to(device, memory_format=torch.channels_last)
     set_backend(denoiser, "reference")
     modules = {
         GUIDED: Guided(denoiser),
@@ -114,7 +113,7 @@ def load_model(preset: str | os.PathLike[str], device: torch.device) -> Model:
 
 def part_hashes(parts: Parts) -> dict[str, str]:
     """Hashes of the weights of a preset's parts."""
-    modules = {"classifier": parts.classifier, "subnet": parts.subnet, "vocoder": parts.vocoder}
+    modules = {**parts.denoiser().networks, "vocoder": parts.vocoder}
     return {name: weights_hash(module) for name, module in modules.items()}
 
 
