@@ -38,11 +38,25 @@ class Rounds:
     """Seconds of one call, one a round, in the order they were taken.
 
     ``reference``: seconds of the fixed reference computation measured right beside each round.
+    ``sittings``: the rounds are that many equal parts, each with operands built anew. Where they
+    come to lie in memory can change a time by more than everything else does, and stays as it is
+    for as long as they live.
     """
 
     values: tuple[float, ...]
     reference: tuple[float, ...] | None = None
+    sittings: int = 1
     unit: str = "s"
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rounds]) -> Rounds:
+        """Sittings as one; ValueError where they differ in rounds, or in having a reference."""
+        if len({(len(part.values), part.reference is None) for part in parts}) != 1:
+            raise ValueError("sittings of a row must have the same number of rounds each")
+        values = tuple(v for part in parts for v in part.values)
+        if parts[0].reference is None:
+            return cls(values, None, len(parts))
+        return cls(values, tuple(v for part in parts for v in part.reference or ()), len(parts))
 
 
 @dataclass(frozen=True)
@@ -177,6 +191,7 @@ def _row_fields(row: Row) -> Plain:
         # the unit first, as it is read
         described["rounds"] = {
             "unit": row.rounds.unit,
+            "sittings": row.rounds.sittings,
             "values": list(row.rounds.values),
             "reference": None if row.rounds.reference is None else list(row.rounds.reference),
         }
@@ -324,16 +339,22 @@ class _Reader:
         if found is None:
             return None
         self._is(found, dict, where)
-        self._keys(found, ("unit", "values", "reference"), where)
+        self._keys(found, ("unit", "sittings", "values", "reference"), where)
         if found["unit"] != "s":
             self._fail(where, f"are in {found['unit']!r}, not in 's'")
         values = self._seconds(found["values"], f"{where}, values")
+        sittings = found["sittings"]
+        self._is(sittings, int, f"{where}, sittings")
+        if sittings < 1 or len(values) % sittings:
+            self._fail(
+                where, f"are {len(values)} in {sittings} sittings, which are not equal parts"
+            )
         if found["reference"] is None:
-            return Rounds(values)
+            return Rounds(values, None, sittings)
         reference = self._seconds(found["reference"], f"{where}, reference")
         if len(reference) != len(values):
             self._fail(where, f"are {len(values)}, with {len(reference)} of the reference")
-        return Rounds(values, reference)
+        return Rounds(values, reference, sittings)
 
     def _seconds(self, found: Any, where: str) -> tuple[float, ...]:
         self._is(found, list, where)
