@@ -127,6 +127,10 @@ fastscore.export.onnx                torch .devices .export.graphs .export.manif
 fastscore.export.runtime             torch .config .devices .export.graphs .export.manifest .export.onnx .export.pt2 .presets |
 fastscore.export.pipeline            .config .devices .engine .export.runtime .pipeline |
 fastscore.export                     .export.onnx .export.pt2 .export.runtime |
+fastscore.measure                    |
+fastscore.measure.timing             torch .devices .measure.results |
+fastscore.measure.nvml               torch | pynvml
+fastscore.measure.provenance         torch .measure.nvml |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |

@@ -1,0 +1,1 @@
+"""Measuring fastscore: named workloads, timing in turn, provenance, result files, verdicts."""
