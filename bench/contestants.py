@@ -1,0 +1,117 @@
+"""Who is compared: ScoreSubnet, and the U-Net baseline at its two sizes, with one classifier.
+
+    python bench/contestants.py --assemble unet-equal-total --out FOLDER
+
+puts a preset together around the baseline's weights in artifacts/, which are not in the package:
+sampling, evaluation, export and profiling take the folder like any other preset. `--train` prints
+the command that makes these weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastscore.classifier import Classifier
+from fastscore.config import CLASSIFIERS, SUBNETS, UNETS, MelSpace, SigmaRange
+from fastscore.denoiser import Denoiser, GuidedUNet, TapDenoiser
+from fastscore.presets import CLASSIFIER, DEFAULTS, SCORE, VOCODER, load_parts, preset_folder
+from fastscore.subnet import ScoreSubnet
+from fastscore.unet import UNet
+
+OURS = "scoresubnet"
+BASELINES = ("unet-equal-trainable", "unet-equal-total")
+CONTESTANTS = (OURS, *BASELINES)
+SIZES = ("tiny", "paper")
+TITLES = {
+    OURS: "ScoreSubnet",
+    "unet-equal-trainable": "U-Net, equal trainable",
+    "unet-equal-total": "U-Net, equal total",
+}
+# the package's preset of size tiny, whose classifier, vocoder and sampling all of them share
+SHARED = "digits"
+ARTIFACTS = Path(__file__).resolve().parents[1] / "artifacts"
+RECIPE = (
+    "fastscore train unet --preset {size}-{kind} --data ROOTS --classifier "
+    "fastscore/presets/digits/classifier.safetensors --out FOLDER --threads 1 --validate-every 250"
+)
+
+
+def artifact(name: str) -> Path:
+    """Where the trained weights of a baseline of size tiny lie."""
+    return ARTIFACTS / f"{name}-tiny.safetensors"
+
+
+def trained_preset(name: str, folder: Path) -> Path | str:
+    """Preset of a contestant of size tiny: the package's own, or one put together in ``folder``.
+
+    ValueError where the baseline's weights are not there.
+    """
+    if name == OURS:
+        return SHARED
+    weights = artifact(name)
+    if not weights.is_file():
+        raise ValueError(
+            f"{weights.name} is not in artifacts/; fetch the whole repository, or train it: "
+            + RECIPE.format(size="tiny", kind=name.removeprefix("unet-"))
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    source = preset_folder(SHARED)
+    for file in (CLASSIFIER, VOCODER, DEFAULTS):
+        shutil.copyfile(source / file, folder / file)
+    shutil.copyfile(weights, folder / SCORE)
+    load_parts(folder)
+    return folder
+
+
+def untrained(name: str, size: str, guided: bool = True, seed: int = 0) -> Denoiser:
+    """A contestant with random weights, channels-last: what costs are measured on.
+
+    A baseline that is not guided has no classifier, as it would have none in use.
+    """
+    torch.manual_seed(seed)
+    config = CLASSIFIERS[size]
+    space, sigma = MelSpace(frames=config.frames), SigmaRange()
+    if name == OURS:
+        classifier = Classifier(config)
+        net: Denoiser = TapDenoiser(classifier, ScoreSubnet(SUBNETS[size], config), space, sigma)
+    else:
+        unet = UNet(UNETS[f"{size}-{name.removeprefix('unet-')}"])
+        net = GuidedUNet(unet, Classifier(config) if guided else None, space, sigma)
+    wake(net)
+    net.eval().requires_grad_(False)
+    return net.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def wake(module: nn.Module) -> None:
+    """Leave no weight at its zero start: products with zeros are not what training leaves."""
+    for p in module.parameters():
+        if p.ndim >= 2 and not p.any():
+            p.normal_(std=p[0].numel() ** -0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--assemble", choices=BASELINES, required=True)
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--train", action="store_true", help="print how its weights are made")
+    args = parser.parse_args()
+    if args.train:
+        print(RECIPE.format(size="tiny", kind=args.assemble.removeprefix("unet-")))
+        return
+    if args.out is None:
+        parser.error("--out FOLDER is needed")
+    try:
+        print(trained_preset(args.assemble, args.out))
+    except (ValueError, OSError) as error:
+        sys.exit(f"contestants: {error}")
+
+
+if __name__ == "__main__":
+    main()
