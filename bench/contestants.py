@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,23 +70,35 @@ def trained_preset(name: str, folder: Path) -> Path | str:
     return folder
 
 
-def untrained(name: str, size: str, guided: bool = True, seed: int = 0) -> Denoiser:
+def untrained(
+    name: str,
+    size: str,
+    guided: bool = True,
+    patch: int | None = None,
+    device: str = "cpu",
+) -> Denoiser:
     """A contestant with random weights, channels-last: what costs are measured on.
 
-    A baseline that is not guided has no classifier, as it would have none in use.
+    A baseline that is not guided has no classifier, as it would have none in use. ``patch`` is
+    another one than a baseline has: 1 reads single bins. ``device`` is cpu, or meta to count only.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = _composed(name, size, guided, patch)
+    if device == "cpu":
+        wake(net)
+    net.eval().requires_grad_(False)
+    return net.to(memory_format=torch.channels_last)
+
+
+def _composed(name: str, size: str, guided: bool, patch: int | None) -> Denoiser:
     config = CLASSIFIERS[size]
     space, sigma = MelSpace(frames=config.frames), SigmaRange()
     if name == OURS:
-        classifier = Classifier(config)
-        net: Denoiser = TapDenoiser(classifier, ScoreSubnet(SUBNETS[size], config), space, sigma)
-    else:
-        unet = UNet(UNETS[f"{size}-{name.removeprefix('unet-')}"])
-        net = GuidedUNet(unet, Classifier(config) if guided else None, space, sigma)
-    wake(net)
-    net.eval().requires_grad_(False)
-    return net.to(memory_format=torch.channels_last)
+        return TapDenoiser(Classifier(config), ScoreSubnet(SUBNETS[size], config), space, sigma)
+    shape = UNETS[f"{size}-{name.removeprefix('unet-')}"]
+    unet = UNet(shape if patch is None else replace(shape, patch=patch))
+    return GuidedUNet(unet, Classifier(config) if guided else None, space, sigma)
 
 
 @torch.no_grad()

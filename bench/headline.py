@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS, SIZES, untrained
+from contestants import BASELINES, CONTESTANTS, SIZES, untrained
 from headline_training import training_memory
 from torch import Tensor
 from tqdm import tqdm
@@ -115,7 +115,7 @@ def static(size: str) -> dict[str, Any]:
     found = {}
     for contestant in CONTESTANTS:
         for guided in (False, True):
-            net = untrained(contestant, size, guided)
+            net = untrained(contestant, size, guided, device="meta")
             counted = macs.step(net)["guided" if guided else "unguided"]
             trained = getattr(net, net.PART)
             found[row_name(contestant, guided)] = {
@@ -124,6 +124,17 @@ def static(size: str) -> dict[str, Any]:
                 "macs": counted.total,
                 "macs_by_part": counted.parts(),
             }
+    return found
+
+
+def full_resolution(size: str) -> dict[str, int]:
+    """Multiply-accumulates of a step of the baselines on single bins, not 2 x 2 patches."""
+    found = {}
+    for contestant in BASELINES:
+        for guided in (False, True):
+            net = untrained(contestant, size, guided, patch=1, device="meta")
+            counted = macs.step(net)["guided" if guided else "unguided"]
+            found[row_name(contestant, guided)] = counted.total
     return found
 
 
@@ -137,7 +148,7 @@ def sampled_memory(
     """Weights, and the peak above them of drawing ``batch`` log-Mels by the engine."""
     # two evaluations: later ones need no more than these
     args = (contestant, size, guided, "engine", batch, 2, device)
-    found = memory.in_child(sampling, *args, device=device, warm=1, threads=2)
+    found = memory.in_child(sampling, *args, device=device, warm=0, threads=1)
     net = prepared(contestant, size, guided, "engine", torch.device(device))
     return {**found, "weights": memory.weights(net)}
 
@@ -237,6 +248,8 @@ def main() -> None:
         watch = Watch(torch.device(args.device))
         found = measures[part]()
         watch.end()
+        if part == "static":
+            values["full_resolution"] = full_resolution(args.size)
         values[part] = {
             "command": f"python bench/headline.py --size {args.size} --part {part} "
             f"--device {args.device} --threads {args.threads}",
