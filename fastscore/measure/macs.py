@@ -114,10 +114,32 @@ def count(model: nn.Module, run: Callable[[], Any]) -> Count:
 
     A product of two activations, as in attention, belongs to the innermost module at work.
     """
+    found: dict[tuple[str, str], int] = defaultdict(int)
+
+    def note(product: Product) -> None:
+        found[product.module, product.part] += product.macs
+
+    watch(model, run, note)
+    return Count(tuple(Row(*key, products) for key, products in found.items()))
+
+
+@dataclass(frozen=True)
+class Product:
+    """One convolution or matrix product as it runs: where it belongs, its size, its operands."""
+
+    module: str
+    part: str
+    macs: int
+    operands: tuple[Tensor, ...]
+    result: Any
+
+
+def watch(model: nn.Module, run: Callable[[], Any], note: Callable[[Product], Any]) -> None:
+    """Run ``run()`` and tell ``note`` of every product in it."""
     # imported here: it brings parts of the compiler that sampling does not need
     from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-    ledger = _Ledger(model)
+    ledger = _Ledger(model, note)
     mapping = {op: ledger.watching(formula) for op, formula in flop_registry.items()}
     hooks = ledger.follow()
     try:
@@ -126,15 +148,13 @@ def count(model: nn.Module, run: Callable[[], Any]) -> Count:
     finally:
         for hook in hooks:
             hook.remove()
-    return Count(tuple(Row(*key, flops // 2) for key, flops in ledger.flops.items()))
 
 
 class _Ledger:
-    """Floating-point operations by (layer, part) while modules of ``model`` run."""
+    """Finds the layer and the part of every product while modules of ``model`` run."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.flops: dict[tuple[str, str], int] = defaultdict(int)
-        self._model = model
+    def __init__(self, model: nn.Module, note: Callable[[Product], Any]) -> None:
+        self._model, self._note = model, note
         self._running: list[str] = []
         self._names = {module: name for name, module in model.named_modules()}
         self._owners = {
@@ -159,20 +179,21 @@ class _Ledger:
         return hooks
 
     def watching(self, formula: Callable[..., int]) -> Callable[..., int]:
-        """``formula`` of an operation, entering what it says."""
+        """``formula`` of an operation, told of beside."""
 
         def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
             found = formula(*args, out_val=out_val, **kwargs)
-            self.flops[self._place(args)] += found
+            operands = tuple(a for a in args if isinstance(a, Tensor))
+            self._note(Product(*self._place(operands), found // 2, operands, out_val))
             return found
 
         # operands themselves are wanted, not their shapes
         flops._get_raw = True  # type: ignore[attr-defined]
         return flops
 
-    def _place(self, args: tuple) -> tuple[str, str]:
-        for value in args:
-            owner = self._owners.get(_memory(value)) if isinstance(value, Tensor) else None
+    def _place(self, operands: tuple[Tensor, ...]) -> tuple[str, str]:
+        for operand in operands:
+            owner = self._owners.get(_memory(operand))
             if owner is not None:
                 return owner, FORWARD if self._forward(owner) else VJP
         return (self._running[-1], FORWARD) if self._running else ("", VJP)

@@ -12,12 +12,13 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastscore.devices import fp32_products
 
 _CACHES = Path("/sys/devices/system/cpu")
 # edge of the square products timed; a peak is the best of them
@@ -64,6 +65,15 @@ class Peaks:
             one for one in self.levels if one.capacity is None or working_set <= one.capacity
         )
 
+    def bandwidth(self, working_set: int) -> tuple[str, float]:
+        """Name and bytes a second of the level that serves ``working_set`` bytes.
+
+        A level farther out that was faster stands in: what it can do, the nearer one can.
+        """
+        first = self.levels.index(self.level(working_set))
+        best = max(self.levels[first:], key=lambda one: one.bandwidth)
+        return self.levels[first].name, best.bandwidth
+
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)
@@ -83,10 +93,10 @@ def bound(
             f"no peak was measured for {dtype!r} on {peaks.device}; choose one of "
             f"{', '.join(peaks.macs)}"
         )
-    level = peaks.level(moved if working_set is None else working_set)
+    level, rate = peaks.bandwidth(moved if working_set is None else working_set)
     compute = macs / peaks.macs[dtype] if macs else 0.0
-    bandwidth = moved / level.bandwidth
-    name = f"compute {dtype}" if compute >= bandwidth else f"bandwidth {level.name}"
+    bandwidth = moved / rate
+    name = f"compute {dtype}" if compute >= bandwidth else f"bandwidth {level}"
     return {"name": name, "seconds": max(compute, bandwidth)}
 
 
@@ -138,7 +148,7 @@ def mac_rate(device: torch.device, name: str, edge: int, seconds: float) -> floa
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
     a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    with _tf32(name == "tf32", device):
+    with fp32_products(device, name == "tf32"):
         return edge**3 / fastest(lambda: torch.mm(a, b, out=out), device, seconds)
 
 
@@ -153,15 +163,18 @@ def fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> flo
 
 
 def _timed(run: Callable[[], Any]) -> Iterator[float]:
-    start = time.perf_counter()
-    run()
-    # what is shorter than the clock's reading is repeated
-    repeats = max(1, int(2e-4 / max(time.perf_counter() - start, 1e-7)))
+    once = min(_seconds(run, 1) for _ in range(5))
+    # beside what is shorter, reading the clock would count
+    repeats = max(1, int(1e-4 / max(once, 1e-7)))
     while True:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        yield (time.perf_counter() - start) / repeats
+        yield _seconds(run, repeats) / repeats
+
+
+def _seconds(run: Callable[[], Any], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return time.perf_counter() - start
 
 
 def _timed_on_gpu(run: Callable[[], Any], device: torch.device) -> Iterator[float]:
@@ -181,19 +194,6 @@ def _timed_on_gpu(run: Callable[[], Any], device: torch.device) -> Iterator[floa
 
 def _types(device: torch.device) -> Sequence[str]:
     return ("fp32", "bf16") if device.type == "cpu" else ("fp32", "tf32", "bf16", "fp16")
-
-
-@contextmanager
-def _tf32(wanted: bool, device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if wanted else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _levels(device: torch.device, threads: int) -> Iterator[tuple[str, int | None, int]]:
