@@ -128,9 +128,19 @@ fastscore.export.runtime             torch .config .devices .export.graphs .expo
 fastscore.export.pipeline            .config .devices .engine .export.runtime .pipeline |
 fastscore.export                     .export.onnx .export.pt2 .export.runtime |
 fastscore.measure                    |
+fastscore.measure.results            .files |
+fastscore.measure.noise              numpy .measure.results |
+fastscore.measure.verdict            .measure.noise .measure.results |
+fastscore.measure.worktree           |
 fastscore.measure.timing             torch .devices .measure.results |
 fastscore.measure.nvml               torch | pynvml
 fastscore.measure.provenance         torch .measure.nvml |
+fastscore.measure.memory             torch | pynvml
+fastscore.measure.traces             |
+fastscore.measure.energy             torch .measure.traces | pynvml
+fastscore.measure.macs               torch .denoiser .layers |
+fastscore.measure.roofline           torch .devices |
+fastscore.measure.work               torch .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels kernels.traffic |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |
@@ -165,16 +175,31 @@ fastscore.train.vocoder_data         numpy torch .audio .config .train.pitch | .
 fastscore.train.vocoder_losses       torch |
 fastscore.train.vocoder              torch .audio .config .train.discriminators .train.task .train.vocoder_data .train.vocoder_losses .vocoder .vocoder.spectral .vocoder.weightnorm | .data
 fastscore.train.recogniser           numpy torch .audio .checkpoint .config .data .metrics.recogniser .train.augment |
+fastscore.profiler                   |
+fastscore.profiler.phases            |
+fastscore.profiler.words             |
+fastscore.profiler.work              kernels.traffic torch .layers .subnet .unet |
+fastscore.profiler.marks             kernels.cpu torch .classifier .denoiser .layers .pipeline .profiler.phases .profiler.work .subnet .trajectory .unet |
+fastscore.profiler.events            .profiler.phases |
+fastscore.profiler.groups            .profiler.events .profiler.phases .profiler.words .profiler.work |
+fastscore.profiler.losses            .measure.roofline .profiler.groups .profiler.words |
+fastscore.profiler.report            .measure.roofline .profiler.events .profiler.groups .profiler.losses .profiler.phases .profiler.work |
+fastscore.profiler.collect           torch .pipeline .profiler.events .profiler.marks .profiler.phases .results |
+fastscore.profiler.charts            .profiler.report .profiler.words |
+fastscore.profiler.tables            .profiler.charts .profiler.words |
+fastscore.profiler.sections          .measure.roofline .profiler.charts .profiler.groups .profiler.losses .profiler.phases .profiler.report .profiler.tables .profiler.words |
+fastscore.profiler.page              .profiler.report .profiler.sections .profiler.words |
 fastscore.commands                   |
 fastscore.commands.common            | torch tqdm .engine .pipeline
 fastscore.commands.classify          .commands.common |
 fastscore.commands.evaluate          .commands.common | .metrics.evaluate
 fastscore.commands.export            .commands.common | .engine .export .export.pipeline .export.runtime
 fastscore.commands.info              .commands.common | torch .classifier .config .cost .denoiser .pipeline .presets .subnet
+fastscore.commands.profile           .commands.common | .files .measure.macs .measure.memory .measure.provenance .measure.roofline .pipeline .profiler.collect .profiler.page .profiler.report .profiler.words .stats torch
 fastscore.commands.sample            .commands.common .commands.export | .pipeline .results
 fastscore.commands.vocode            .commands.common | .audio .devices .hearing .presets .results .vocoder
 fastscore.commands.train             | torch .checkpoint .config .data .folders .metrics.recogniser .presets .train.classifier .train.denoising .train.loop .train.mels .train.recogniser .train.score .train.task .train.unet .train.vocoder
-fastscore.cli                        .commands.classify .commands.evaluate .commands.export .commands.info .commands.sample .commands.train .commands.vocode | fastscore
+fastscore.cli                        .commands.classify .commands.evaluate .commands.export .commands.info .commands.profile .commands.sample .commands.train .commands.vocode | fastscore
 fastscore.__main__                   .cli |
 """  # noqa: E501
 

@@ -1,0 +1,186 @@
+"""Sums over a trace: by phase, by operation and place, by kernel, and the gaps between them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fastscore.profiler.events import Item, Span, Trace
+from fastscore.profiler.phases import PHASE
+from fastscore.profiler.words import TIMES, operator_bytes, plain, trivial
+from fastscore.profiler.work import Work
+
+# products that Winograd's F(2 x 2, 3 x 3) takes of those of the plain sum
+_WINOGRAD = 16 / 36
+
+
+@dataclass
+class Group:
+    """Work of one kind: ``us`` of time in ``calls``, ``launches`` kernels.
+
+    ``macs`` are those of the plain definition; ``pieces`` counts calls by the products that the
+    algorithm in use takes, the bytes (None: nobody knows) and the type.
+    """
+
+    words: str
+    name: str = ""
+    part: str = ""
+    us: float = 0.0
+    calls: int = 0
+    launches: int = 0
+    macs: int = 0
+    pieces: Counter[tuple[float, int | None, str]] = field(default_factory=Counter)
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes of all calls; None where those of one are unknown."""
+        counts = [(moved, count) for (_, moved, _), count in self.pieces.items()]
+        if any(moved is None for moved, _ in counts):
+            return None
+        return sum((moved or 0) * count for moved, count in counts)
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """A phase: ``wall`` us on the clock, of which ``busy`` with operations, in ``times`` visits."""
+
+    name: str
+    wall: float
+    busy: float
+    times: int
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Time ``us`` at ``start`` in which nothing ran, between two operations."""
+
+    start: float
+    us: float
+    before: str
+    after: str
+    phase: str
+
+
+@dataclass
+class Gaps:
+    """All gaps: their sum, a histogram by length, and the longest."""
+
+    total: float
+    count: int
+    histogram: list[tuple[str, int, float]] = field(default_factory=list)
+    longest: list[Gap] = field(default_factory=list)
+
+
+def by_phase(trace: Trace) -> list[PhaseTime]:
+    """Phases, the longest first. On a GPU ``busy`` is that of the kernels a phase launched."""
+    wall: dict[str, float] = defaultdict(float)
+    times: dict[str, int] = defaultdict(int)
+    busy: dict[str, float] = defaultdict(float)
+    for span in trace.phases:
+        name = span.name.removeprefix(PHASE)
+        wall[name] += span.us
+        times[name] += 1
+    for item in trace.items:
+        busy[item.phase] += item.us
+    names = {*wall, *(name for name in busy if name)}
+    found = [PhaseTime(n, wall[n], busy[n], times[n]) for n in names]
+    key = (lambda p: -p.busy) if trace.on_device else (lambda p: -p.wall)
+    return sorted(found, key=key)
+
+
+def by_place(items: Sequence[Item], ledger: Mapping[str, Work]) -> list[Group]:
+    """Operations by kind and place: layers with their work, the rest by phase; longest first."""
+    found: dict[tuple, Group] = {}
+    calls: dict[tuple[str, int], list[Item]] = defaultdict(list)
+    for item in items:
+        if item.layer in ledger:
+            calls[item.layer, item.call].append(item)
+            continue
+        words = plain(item.name)
+        where = f" in {item.phase}" if item.phase else ""
+        group = found.setdefault((words, item.phase), Group(words + where, part=item.phase))
+        _count(group, [item])
+        group.pieces[0.0, operator_bytes(item.op, item.args), "fp32"] += 1
+    for (name, _), ran in calls.items():
+        work = ledger[name]
+        key = work.kind, work.part, work.size, work.direction
+        group = found.setdefault(key, Group(_phrase(work), part=work.part))
+        _count(group, ran)
+        _add_work(group, work, ran)
+    return sorted(found.values(), key=lambda g: -g.us)
+
+
+def by_kernel(items: Sequence[Item], ledger: Mapping[str, Work]) -> list[Group]:
+    """Kernels by name; a layer's work goes to its kernel where one alone does it."""
+    alone: dict[tuple[str, int], int] = defaultdict(int)
+    for item in items:
+        alone[item.layer, item.call] += not trivial(item.name)
+    found: dict[str, Group] = {}
+    for item in items:
+        group = found.setdefault(item.name, Group(plain(item.name), item.name))
+        _count(group, [item])
+        work = ledger.get(item.layer)
+        if work is not None and not trivial(item.name) and alone[item.layer, item.call] == 1:
+            _add_work(group, work, [item])
+        else:
+            group.pieces[0.0, operator_bytes(item.op, item.args), "fp32"] += 1
+    return sorted(found.values(), key=lambda g: -g.us)
+
+
+def _count(group: Group, ran: Sequence[Item]) -> None:
+    group.us += sum(item.us for item in ran)
+    group.calls += 1
+    group.launches += len(ran)
+
+
+def _add_work(group: Group, work: Work, ran: Sequence[Item]) -> None:
+    group.macs += work.macs
+    quick = any(item.name == "winograd" for item in ran)
+    products = work.macs * (_WINOGRAD if quick else 1)
+    group.pieces[products, work.bytes, work.dtype] += 1
+
+
+_PARTS = {"subnet": "ScoreSubnet", "unet": "the U-Net", "classifier": "the classifier"}
+
+
+def _phrase(work: Work) -> str:
+    """Kind, part and size, as one says them."""
+    part = _PARTS.get(work.part, f"the {work.part}")
+    back = ", pulled back" if work.direction == "pull-back" else ""
+    size = f" at {work.size}" if work.size else ""
+    return f"{work.kind} of {part}{size}{back}".replace(" x ", f" {TIMES} ").replace(
+        "3x3", f"3{TIMES}3"
+    )
+
+
+# lengths in us at which a histogram's bars begin
+_EDGES = (0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)
+
+
+def gaps(trace: Trace, longest: int = 12) -> Gaps:
+    """Time between operations, on a CPU, or kernels, on a GPU, within the evaluations' stretch."""
+    found, last, end = [], None, None
+    for item in trace.items:
+        if end is not None and item.start > end:
+            assert last is not None
+            phase = _phase_at(trace.phases, end) if not trace.on_device else item.phase
+            found.append(Gap(end, item.start - end, plain(last.name), plain(item.name), phase))
+        if end is None or item.end > end:
+            last, end = item, item.end
+    histogram = []
+    for low, high in zip(_EDGES, (*_EDGES[1:], float("inf")), strict=True):
+        inside = [g.us for g in found if low <= g.us < high]
+        words = f"{low} to {high} µs" if high < float("inf") else f"{low} µs and more"
+        histogram.append((words, len(inside), sum(inside)))
+    while histogram and not histogram[-1][1]:
+        histogram.pop()
+    most = sorted(found, key=lambda g: -g.us)[:longest]
+    return Gaps(sum(g.us for g in found), len(found), histogram, most)
+
+
+def _phase_at(phases: Sequence[Span], time: float) -> str:
+    import bisect
+
+    i = bisect.bisect_right([s.start for s in phases], time) - 1
+    return phases[i].name.removeprefix(PHASE) if i >= 0 else ""
