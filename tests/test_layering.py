@@ -140,7 +140,7 @@ fastscore.measure.traces             |
 fastscore.measure.energy             torch .measure.traces | pynvml
 fastscore.measure.macs               torch .denoiser .layers |
 fastscore.measure.roofline           torch .devices |
-fastscore.measure.work               torch .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels kernels.traffic |
+fastscore.measure.work               torch .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels.traffic |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |

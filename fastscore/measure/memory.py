@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 Call = Callable[[], Any]
 
+# the call that counts, among the profiler's events
+_MARK = "fastscore.measure.memory"
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -38,37 +40,47 @@ def peak(call: Call, device: str | torch.device = "cpu", warm: int = 1) -> dict[
     ``allocated_peak``, ``reserved_peak``, ``graph_pools`` and ``nvml`` are of the whole process.
     """
     device = torch.device(device)
-    for _ in range(warm):
-        call()
-    gc.collect()
     if device.type == "cuda":
+        for _ in range(warm):
+            call()
+        gc.collect()
         return {"device": str(device), **_on_gpu(call, device)}
-    found = {"device": str(device), **tensor_peak(call)}
+    found = {"device": str(device), **tensor_peak(call, warm)}
     gc.collect()
     return {**found, "rss": resident_peak(call)}
 
 
-def tensor_peak(call: Call) -> dict[str, int]:
+def tensor_peak(call: Call, warm: int = 1) -> dict[str, int]:
     """Bytes of CPU tensors that ``call()`` allocates: peak above the start, and held at the end.
 
     Exact to the byte for the calling thread; blocks of other threads are not seen (in torch 2.11
-    their memory events are dropped, pytorch issue 192290). The result of the call is kept until
-    the count is over.
+    their memory events are dropped, pytorch issue 192290). The last of ``warm`` calls before is
+    watched too, so that the call may free what that one left: of older blocks the end is not told.
+    The result of the call is kept until the count is over.
     """
+    for _ in range(warm - 1):
+        call()
+    gc.collect()
     # on a machine without a GPU the profiler's library would complain on stderr
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     with torch.autograd.profiler.profile(profile_memory=True, acc_events=False) as profiler:
-        kept = call()
+        if warm:
+            call()
+            gc.collect()
+        with torch.autograd.profiler.record_function(_MARK):
+            kept = call()
     results = profiler.kineto_results
     assert results is not None
-    events = [e for e in results.events() if e.name() == "[memory]"]
-    events = [e for e in events if e.device_type() == torch.autograd.DeviceType.CPU]
-    highest = now = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
+    events = sorted(results.events(), key=lambda e: e.start_ns())
+    now = start = highest = 0
+    for event in events:
+        if event.name() == _MARK:
+            start = highest = now
+        elif event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+            now += event.nbytes()
+            highest = max(highest, now)
     del kept
-    return {"tensor_peak": highest, "tensor_held": now}
+    return {"tensor_peak": highest - start, "tensor_held": now - start}
 
 
 def resident_peak(call: Call) -> dict[str, Any]:
