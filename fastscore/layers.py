@@ -78,6 +78,8 @@ class Conv2d(_Preparable, nn.Conv2d):
         """
         y = self(x)
         padding = self.output_padding_of(x.shape, y.shape)
+        # the type alone: x itself would be held until the pull-back is let go
+        dtype = x.dtype
 
         def pull(grad: Tensor) -> Tensor:
             prepared = self.prepared
@@ -89,7 +91,7 @@ class Conv2d(_Preparable, nn.Conv2d):
                 *(self.groups, self.dilation),
             )
             # under autocast the convolution was narrower
-            return image.to(x.dtype)
+            return image.to(dtype)
 
         return y, pull
 

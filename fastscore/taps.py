@@ -54,6 +54,8 @@ def read_taps(
     if label is None or pull_lower is None:
         return Taps(logits, features, pull_upper(p.to(logits.dtype)), None)
     both = pull_upper(torch.cat((p, _chosen(p, label))).to(logits.dtype))
+    # with it goes what the upper stages held for it
+    del pull_upper
     b = x.shape[0]
     # the shallowest tap carries the whole cotangent of the class
     return Taps(logits, features, tuple(t[:b] for t in both), pull_lower(both[0][b:]))
@@ -70,7 +72,10 @@ def class_gradient(classifier: Classifier, x: Tensor, c_noise: Tensor, label: Te
     h, pull_lower = lower(x, emb)
     logits, _, pull_upper = upper(h, emb)
     chosen = _chosen(logits.float().softmax(dim=1), label)
-    return pull_lower(pull_upper(chosen.to(logits.dtype))[0])
+    shallowest = pull_upper(chosen.to(logits.dtype))[0]
+    # with it goes what the upper stages held for it
+    del pull_upper
+    return pull_lower(shallowest)
 
 
 def _chosen(p: Tensor, label: Tensor) -> Tensor:
