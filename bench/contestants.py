@@ -3,8 +3,7 @@
     python bench/contestants.py --assemble unet-equal-total --out FOLDER
 
 puts a preset together around the baseline's weights in artifacts/, which are not in the package:
-sampling, evaluation, export and profiling take the folder like any other preset. `--train` prints
-the command that makes these weights.
+sampling, evaluation, export and profiling take the folder like any other preset.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastscore.checkpoint import first_difference, load_checkpoint, save_checkpoint
 from fastscore.classifier import Classifier
-from fastscore.config import CLASSIFIERS, SUBNETS, UNETS, MelSpace, SigmaRange
+from fastscore.config import CLASSIFIERS, SUBNETS, UNETS, MelSpace, SigmaRange, to_dict
 from fastscore.denoiser import Denoiser, GuidedUNet, TapDenoiser
 from fastscore.presets import CLASSIFIER, DEFAULTS, SCORE, VOCODER, load_parts, preset_folder
 from fastscore.subnet import ScoreSubnet
@@ -109,19 +109,33 @@ def wake(module: nn.Module) -> None:
             p.normal_(std=p[0].numel() ** -0.5)
 
 
+def keep(weights: Path, name: str) -> Path:
+    """Put weights that were trained into artifacts/, in float16; ValueError for another network."""
+    stored = load_checkpoint(weights, "unet")
+    expected = to_dict(UNETS[f"tiny-{name.removeprefix('unet-')}"])
+    difference = first_difference(stored.config["unet"], expected)
+    if difference is not None:
+        key, found, wanted = difference
+        raise ValueError(f"{weights}: {key} is {found}, but {name} has {wanted}")
+    out = artifact(name)
+    save_checkpoint(out, "unet", stored.config, stored.tensors, stored.extra, dtype="float16")
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--assemble", choices=BASELINES, required=True)
-    parser.add_argument("--out", type=Path, metavar="FOLDER")
-    parser.add_argument("--train", action="store_true", help="print how its weights are made")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--assemble", choices=BASELINES, help="put a preset together")
+    what.add_argument("--keep", type=Path, metavar="FILE", help="put trained weights in artifacts/")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the preset")
+    parser.add_argument("--as", dest="name", choices=BASELINES, help="whose weights they are")
     args = parser.parse_args()
-    if args.train:
-        print(RECIPE.format(size="tiny", kind=args.assemble.removeprefix("unet-")))
-        return
-    if args.out is None:
-        parser.error("--out FOLDER is needed")
+    if (args.out if args.assemble else args.name) is None:
+        parser.error("--assemble needs --out FOLDER, and --keep needs --as NAME")
     try:
-        print(trained_preset(args.assemble, args.out))
+        print(
+            trained_preset(args.assemble, args.out) if args.assemble else keep(args.keep, args.name)
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"contestants: {error}")
 
