@@ -103,7 +103,7 @@ class PowerSamples:
         self._read, self._clock, self._every = read, clock, every
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._failure: NoEnergyError | None = None
-        self._joules, self._time, self._watts = 0.0, clock(), read()
+        self._joules, self._watts, self._time = 0.0, read(), clock()
         self._thread = threading.Thread(target=self._run, name="power samples", daemon=True)
         self._thread.start()
 
