@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastscore.profiler.phases import EVALUATION, LAYER, NATIVE, PHASE
+from fastscore.profiler.phases import EVALUATION, GRAPH, LAYER, NATIVE, PHASE
 
 _MARKS = (PHASE, LAYER, EVALUATION)
 # what happens on a GPU, and what starts it there
@@ -76,11 +76,15 @@ class Allocation:
 
 @dataclass
 class Trace:
-    """One run: ``items`` in order of their start, ``phases`` as lanes without gaps or overlap."""
+    """One run: ``items`` in order of their start, ``phases`` as lanes without gaps or overlap.
+
+    On a GPU ``phases`` are those of the host; ``lanes`` are what is to be drawn, those of kernels.
+    """
 
     us: float
     items: list[Item]
     phases: list[Span]
+    lanes: list[Span]
     evaluations: list[Span]
     allocations: list[Allocation]
     launches: int
@@ -118,12 +122,16 @@ def parse(raw: Mapping[str, Any], run: str) -> Trace:
         end = max(end, *(k.end for k in kernels))
     else:
         items = list(_operations(tree))
+    items.sort(key=lambda i: i.start)
     marks = [s for s in own if s.kind == "mark"]
+    phases = lanes([s for s in marks if s.name.startswith(PHASE)])
+    evaluations = [s for s in marks if s.name.startswith(EVALUATION)]
     return Trace(
         us=end,
-        items=sorted(items, key=lambda i: i.start),
-        phases=lanes([s for s in marks if s.name.startswith(PHASE)]),
-        evaluations=[s for s in marks if s.name.startswith(EVALUATION)],
+        items=items,
+        phases=phases,
+        lanes=_device_lanes(items) if kernels else phases,
+        evaluations=_device_evaluations(items, evaluations) if kernels else evaluations,
         allocations=[_allocation(e, zero) for e in events if e.get("name") == "[memory]"],
         launches=sum(1 for s in launches if "Launch" in s.name),
         graph_launches=sum(1 for s in launches if "GraphLaunch" in s.name),
@@ -154,6 +162,27 @@ def lanes(phases: Sequence[Span]) -> list[Span]:
         until(open_[-1].end)
         open_.pop()
     return _joined(found)
+
+
+def _device_lanes(items: Sequence[Item]) -> list[Span]:
+    """Kernels on a GPU as stretches of phases; of two at once the second begins later."""
+    found, now = [], 0.0
+    for item in items:
+        if item.end > now:
+            start = max(now, item.start)
+            found.append(Span(PHASE + item.phase, start, item.end, "mark", "gpu"))
+            now = item.end
+    return _joined(found)
+
+
+def _device_evaluations(items: Sequence[Item], marks: Sequence[Span]) -> list[Span]:
+    """Evaluations from their first kernel to their last one."""
+    ends: dict[int, tuple[float, float]] = {}
+    for item in items:
+        if item.evaluation >= 0:
+            start, end = ends.get(item.evaluation, (item.start, item.end))
+            ends[item.evaluation] = min(start, item.start), max(end, item.end)
+    return [replace(marks[i], start=a, end=b) for i, (a, b) in sorted(ends.items())]
 
 
 def _joined(spans: Iterable[Span]) -> list[Span]:
@@ -285,6 +314,8 @@ def _kernels(kernels: Sequence[Span], launches: Sequence[Span], tree: _Tree) -> 
         place = tree.place(index) if index >= 0 else tree.place(-1)
         operation = tree.operation(index) if index >= 0 else None
         graph = launch is not None and "GraphLaunch" in launch.name
+        if graph:
+            place["phase"] = GRAPH
         op = operation.name if operation is not None and not graph else ""
         args = operation.args if operation is not None and not graph else {}
         if kernel.kind == "copy":

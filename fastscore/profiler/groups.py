@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastscore.profiler.events import Item, Span, Trace
-from fastscore.profiler.phases import PHASE
+from fastscore.profiler.phases import NATIVE, PHASE
 from fastscore.profiler.words import TIMES, operator_bytes, plain, trivial
 from fastscore.profiler.work import Work
 
@@ -19,13 +20,15 @@ _WINOGRAD = 16 / 36
 class Group:
     """Work of one kind: ``us`` of time in ``calls``, ``launches`` kernels.
 
+    ``family`` is what it is, wherever it is: forward or pulled back, of any ``size``.
     ``macs`` are those of the plain definition; ``pieces`` counts calls by the products that the
     algorithm in use takes, the bytes (None: nobody knows) and the type.
     """
 
     words: str
     name: str = ""
-    part: str = ""
+    family: str = ""
+    size: str = ""
     us: float = 0.0
     calls: int = 0
     launches: int = 0
@@ -43,12 +46,11 @@ class Group:
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """A phase: ``wall`` us on the clock, of which ``busy`` with operations, in ``times`` visits."""
+    """A phase: ``wall`` us on the clock, and ``busy`` us of operations or, on a GPU, kernels."""
 
     name: str
     wall: float
     busy: float
-    times: int
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,14 @@ class Gaps:
 def by_phase(trace: Trace) -> list[PhaseTime]:
     """Phases, the longest first. On a GPU ``busy`` is that of the kernels a phase launched."""
     wall: dict[str, float] = defaultdict(float)
-    times: dict[str, int] = defaultdict(int)
     busy: dict[str, float] = defaultdict(float)
     for span in trace.phases:
         name = span.name.removeprefix(PHASE)
         wall[name] += span.us
-        times[name] += 1
     for item in trace.items:
         busy[item.phase] += item.us
     names = {*wall, *(name for name in busy if name)}
-    found = [PhaseTime(n, wall[n], busy[n], times[n]) for n in names]
+    found = [PhaseTime(n, wall[n], busy[n]) for n in names]
     key = (lambda p: -p.busy) if trace.on_device else (lambda p: -p.wall)
     return sorted(found, key=key)
 
@@ -99,33 +99,40 @@ def by_place(items: Sequence[Item], ledger: Mapping[str, Work]) -> list[Group]:
             continue
         words = plain(item.name)
         where = f" in {item.phase}" if item.phase else ""
-        group = found.setdefault((words, item.phase), Group(words + where, part=item.phase))
+        group = found.setdefault((words, item.phase), Group(words + where, family=words + where))
         _count(group, [item])
         group.pieces[0.0, operator_bytes(item.op, item.args), "fp32"] += 1
     for (name, _), ran in calls.items():
         work = ledger[name]
         key = work.kind, work.part, work.size, work.direction
-        group = found.setdefault(key, Group(_phrase(work), part=work.part))
+        group = found.setdefault(key, _layer_group(work))
         _count(group, ran)
         _add_work(group, work, ran)
     return sorted(found.values(), key=lambda g: -g.us)
 
 
 def by_kernel(items: Sequence[Item], ledger: Mapping[str, Work]) -> list[Group]:
-    """Kernels by name; a layer's work goes to its kernel where one alone does it."""
-    alone: dict[tuple[str, int], int] = defaultdict(int)
+    """Kernels by name; a layer's work goes to the kernel that does it, where one alone does."""
+    doing: dict[tuple[str, int], list[Item]] = defaultdict(list)
     for item in items:
-        alone[item.layer, item.call] += not trivial(item.name)
+        if item.layer in ledger and not trivial(item.name):
+            doing[item.layer, item.call].append(item)
     found: dict[str, Group] = {}
     for item in items:
         group = found.setdefault(item.name, Group(plain(item.name), item.name))
         _count(group, [item])
-        work = ledger.get(item.layer)
-        if work is not None and not trivial(item.name) and alone[item.layer, item.call] == 1:
-            _add_work(group, work, [item])
+        if _worker(doing.get((item.layer, item.call), [])) is item:
+            _add_work(group, ledger[item.layer], [item])
         else:
             group.pieces[0.0, operator_bytes(item.op, item.args), "fp32"] += 1
     return sorted(found.values(), key=lambda g: -g.us)
+
+
+def _worker(items: Sequence[Item]) -> Item | None:
+    """The item that does a layer's work: the compiled library's, or the only one."""
+    native = [item for item in items if item.op.startswith(NATIVE)]
+    alone = native or items
+    return alone[0] if len(alone) == 1 else None
 
 
 def _count(group: Group, ran: Sequence[Item]) -> None:
@@ -144,14 +151,16 @@ def _add_work(group: Group, work: Work, ran: Sequence[Item]) -> None:
 _PARTS = {"subnet": "ScoreSubnet", "unet": "the U-Net", "classifier": "the classifier"}
 
 
-def _phrase(work: Work) -> str:
-    """Kind, part and size, as one says them."""
+def _layer_group(work: Work) -> Group:
     part = _PARTS.get(work.part, f"the {work.part}")
     back = ", pulled back" if work.direction == "pull-back" else ""
     size = f" at {work.size}" if work.size else ""
-    return f"{work.kind} of {part}{size}{back}".replace(" x ", f" {TIMES} ").replace(
-        "3x3", f"3{TIMES}3"
-    )
+    family = f"{work.kind} of {part}"
+    return Group(_times(family + size + back), family=_times(family), size=_times(work.size))
+
+
+def _times(words: str) -> str:
+    return re.sub(r"(?<=\d)( ?)x( ?)(?=\d)", rf"\1{TIMES}\2", words)
 
 
 # lengths in us at which a histogram's bars begin

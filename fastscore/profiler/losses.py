@@ -10,6 +10,9 @@ from fastscore.measure.roofline import Peaks
 from fastscore.profiler.groups import Gaps, Group
 from fastscore.profiler.words import milliseconds, percent
 
+# us of work, and of time, below which a call's cost is the call itself
+_BRIEF, _SHORT = 1.0, 50.0
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -60,33 +63,48 @@ def losses(
     ``added_us`` is what the profiler added to the run. It counts against the gaps, where most of it
     falls, so theirs is the least that it can be.
     """
-    found = [_of_group(g, bound(g, peaks), run_us) for g in groups]
+    families: dict[str, list[Group]] = {}
+    for group in groups:
+        families.setdefault(group.family, []).append(group)
+    found = [_of_family(members, run_us, peaks) for members in families.values()]
     found.append(_of_gaps(gaps, run_us, added_us))
     worth = [loss for loss in found if loss is not None and loss.saved > 0]
     return sorted(worth, key=lambda loss: -loss.saved)[:count]
 
 
-def _of_group(group: Group, least: Bound | None, run_us: float) -> Loss | None:
-    share = group.us / run_us
-    name = group.words[0].upper() + group.words[1:]
-    took = f"{milliseconds(group.us)} in {_times(group.calls)}, {percent(share)} of the run"
-    if least is None:
+def _of_family(members: Sequence[Group], run_us: float, peaks: Peaks) -> Loss | None:
+    """One kind of operation in one network: forward, pulled back and of all sizes."""
+    bounds = [bound(group, peaks) for group in members]
+    limits = [(g, least) for g, least in zip(members, bounds, strict=True) if least is not None]
+    if not limits:
         return None
-    if group.calls and least.us / group.calls < 1.0 and group.us / group.calls < 50.0:
-        # a microsecond of work a call: what it costs is the call itself
+    us, calls = sum(g.us for g, _ in limits), sum(g.calls for g, _ in limits)
+    least_us = sum(least.us for _, least in limits)
+    worst, lowest = max(limits, key=lambda pair: pair[0].us - pair[1].us)
+    name = worst.family[0].upper() + worst.family[1:]
+    took = f"{milliseconds(us)} in {_times(calls)}, {percent(us / run_us)} of the run"
+    where = (
+        f" Most of the loss is at {worst.size}{_back(worst)}: {milliseconds(worst.us)} at "
+        f"{percent(lowest.us / worst.us)} of the bound."
+        if len(limits) > 1 and worst.size
+        else ""
+    )
+    if least_us / calls < _BRIEF and us / calls < _SHORT:
         sentence = (
-            f"{name}: {took}; the work itself needs {milliseconds(least.us)}. Each call takes "
-            f"{milliseconds(group.us / group.calls)} for "
-            f"{milliseconds(least.us / group.calls)} of work, so the calls are the cost."
+            f"{name}: {took}. A call takes {milliseconds(us / calls)} for "
+            f"{milliseconds(least_us / calls)} of work: the calls are the cost.{where}"
         )
         remedy = "Fuse them into their neighbours, or draw more clips at once."
     else:
         sentence = (
-            f"{name}: {took}, at {percent(least.us / group.us)} of its bound ({least.name}); "
-            f"{milliseconds(group.us - least.us)} could be saved at most."
+            f"{name}: {took}, at {percent(least_us / us)} of the bound ({lowest.name}).{where}"
         )
-        remedy = _REMEDIES[least.name.partition(" ")[0]]
-    return Loss(name, group.us, group.us - least.us, least.us / group.us, sentence, remedy)
+        remedy = _REMEDIES[lowest.name.partition(" ")[0]]
+    return Loss(name, us, us - least_us, least_us / us, sentence, remedy)
+
+
+def _back(group: Group) -> str:
+    return ", pulled back" if group.words.endswith(", pulled back") else ""
 
 
 _REMEDIES = {
@@ -98,17 +116,24 @@ _REMEDIES = {
 def _of_gaps(gaps: Gaps, run_us: float, added_us: float) -> Loss | None:
     if not gaps.count:
         return None
-    least = max(0.0, gaps.total - added_us)
+    added = max(0.0, added_us)
+    least = max(0.0, gaps.total - added)
     sentence = (
         f"Nothing is computed for {milliseconds(gaps.total)}, {percent(gaps.total / run_us)} of "
-        f"the run, in {gaps.count} gaps between operations. The profiler itself added "
-        f"{milliseconds(added_us)} to the run, most of it in gaps, so "
-        + (
-            f"between {milliseconds(least)} and {milliseconds(gaps.total)} are the program's."
-            if least
-            else "how much of it is the program's this run cannot tell."
-        )
+        f"the run, in {gaps.count} gaps between operations. "
     )
+    if not added:
+        sentence += "The run took no longer than it does without the profiler."
+    elif least:
+        sentence += (
+            f"The profiler added {milliseconds(added)} to the run, most of it in gaps, so between "
+            f"{milliseconds(least)} and {milliseconds(gaps.total)} are the program's own."
+        )
+    else:
+        sentence += (
+            f"The profiler added {milliseconds(added)} to the run, most of it in gaps, so this run "
+            "cannot tell how much of it is the program's own."
+        )
     remedy = "Fewer, larger operations; mode compile, or graphs on a GPU; more clips at once."
     return Loss("Gaps between operations", gaps.total, least, 0.0, sentence, remedy)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import re
 from pathlib import Path
 
 from fastscore.profiler import sections
 from fastscore.profiler.report import Report
-from fastscore.profiler.words import megabytes, milliseconds, operations, percent
+from fastscore.profiler.words import MICRO, TIMES, megabytes, milliseconds, operations, percent
 
 # what a page may weigh; ours weigh a tenth of it
 LIMIT = 5_000_000
@@ -43,9 +44,9 @@ def to_html(report: Report) -> str:
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{html.escape(title)}</title><style>{_own('page.css')}</style></head><body>"
         '<a class="skip" href="#content">Skip to the findings</a>'
-        f'<header>{_head(report)}<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-        f'<main id="content" tabindex="-1">{body}</main>'
-        f"<footer>{_foot(report)}</footer><script>{_own('page.js')}</script></body></html>\n"
+        f'<header>{_whole(_head(report))}<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+        f'<main id="content" tabindex="-1">{_whole(body)}</main>'
+        f"<footer>{_foot()}</footer><script>{_own('page.js')}</script></body></html>\n"
     )
     if len(page.encode()) > LIMIT:
         raise ValueError(
@@ -61,10 +62,18 @@ def _head(report: Report) -> str:
     return (
         "<h1>Profile of one sampling run</h1>"
         f'<p class="soft">{html.escape(facts.preset)}, label {html.escape(facts.label)}, '
-        f"{_clips(facts.batch)}; {setup}</p>"
+        f"{_clips(facts.batch)}; {setup}{_made(report)}</p>"
         f'<p class="lead">{_verdict(report)}</p>{_tiles(report)}{_skew(report)}'
         + "".join(f'<div class="note"><p>{html.escape(n)}</p></div>' for n in report.notes)
     )
+
+
+def _made(report: Report) -> str:
+    found = report.provenance
+    commit = (found.get("commit") or {}).get("id")
+    on = (found.get("gpu") or {}).get("name") or (found.get("processor") or {}).get("model")
+    known = [on, found.get("date"), f"commit {commit[:12]}" if commit else None]
+    return "<br>" + html.escape("; ".join(k for k in known if k))
 
 
 def _verdict(report: Report) -> str:
@@ -79,7 +88,7 @@ def _verdict(report: Report) -> str:
     most = max(report.phases, key=lambda p: p.busy if report.on_device else p.wall)
     share = (most.busy if report.on_device else most.wall) / report.us
     words = (
-        f"{speech[0].upper()}{speech[1:]} take {milliseconds(1e6 * facts.seconds)}, {pace}. Most "
+        f"{speech} takes {milliseconds(1e6 * facts.seconds)}, {pace}. Most "
         f"of the time, {percent(share)}, goes to the phase <b>{html.escape(most.name)}</b>"
     )
     if report.peaks is None:
@@ -124,11 +133,16 @@ def _tiles(report: Report) -> str:
         share = report.bound_us / (1e6 * facts.seconds)
         tiles.append(("Of the bound", percent(share), "roofline of all operations over latency"))
     cells = "".join(
-        f'<div><dt>{name}</dt><dd><div class="big">{value}</div><div class="under">{under}</div>'
-        "</dd></div>"
+        f'<div><dt>{name}</dt><dd><div class="big">{_units(value)}</div>'
+        f'<div class="under">{under}</div></dd></div>'
         for name, value, under in tiles
     )
     return f'<dl class="tiles">{cells}</dl>'
+
+
+def _units(value: str) -> str:
+    number, _, unit = value.partition(" ")
+    return f"{number} <small>{unit}</small>" if unit else number
 
 
 def _skew(report: Report) -> str:
@@ -151,10 +165,18 @@ def _skew(report: Report) -> str:
     )
 
 
-def _foot(report: Report) -> str:
+def _foot() -> str:
     return (
         "Written by <code>fastscore profile</code>. The trace beside this file opens in Perfetto "
         "or in chrome://tracing."
+    )
+
+
+def _whole(body: str) -> str:
+    """Numbers kept on one line with their units."""
+    units = f"%|[m{MICRO}]?s|[kMG]?B|[kMGT]?MACs|{TIMES} [0-9]"
+    return re.sub(f"(?<=[0-9]) (?=(?:{units})(?![a-z]))", "&nbsp;", body).replace(
+        f"&nbsp;{TIMES} ", f"&nbsp;{TIMES}&nbsp;"
     )
 
 

@@ -9,3 +9,4 @@ FORWARD, JEM, CLASS, BOTH = "classifier forward", "JEM VJP", "class VJP", "both 
 TAPS, SUBNET, UNET, VOCODER = "taps", "subnet", "U-Net", "vocoder"
 SOLVER, PRECONDITIONING, WHOLE = "solver", "preconditioning", "denoiser, one program"
 UNDIVIDED = "classifier, not divided"
+GRAPH = "CUDA graph"

@@ -148,14 +148,14 @@ def timeline(trace: Trace, most: int = 60) -> tuple[list[Row], int]:
     """
     starts = [span.start for span in trace.evaluations]
     if not starts:
-        return [_row("the whole run", 0.0, trace.us, trace.phases)], 0
+        return [_row("the whole run", 0.0, trace.us, trace.lanes)], 0
     # the solver's step belongs to its evaluation; the last one ends where its answer is there
     ends = [*starts[1:], _last_end(trace)]
     kinds = [span.name.split()[-1] for span in trace.evaluations]
-    rows = [_row("before", 0.0, starts[0], trace.phases)]
+    rows = [_row("before", 0.0, starts[0], trace.lanes)]
     for number, (start, end, kind) in enumerate(zip(starts, ends, kinds, strict=True), 1):
-        rows.append(_row(f"{number} {kind}", start, end, trace.phases))
-    rows.append(_row("after", ends[-1], trace.us, trace.phases))
+        rows.append(_row(f"{number} {kind}", start, end, trace.lanes))
+    rows.append(_row("after", ends[-1], trace.us, trace.lanes))
     extra = max(0, len(rows) - 2 - most)
     if extra:
         half = 1 + most // 2
@@ -166,7 +166,7 @@ def timeline(trace: Trace, most: int = 60) -> tuple[list[Row], int]:
 def _last_end(trace: Trace) -> float:
     """Where what belongs to the last evaluation ends and the vocoder begins."""
     last = trace.evaluations[-1]
-    later = [s.start for s in trace.phases if s.name == PHASE + VOCODER and s.start >= last.end]
+    later = [s.start for s in trace.lanes if s.name == PHASE + VOCODER and s.start >= last.end]
     return min(later, default=last.end)
 
 

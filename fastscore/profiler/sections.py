@@ -15,6 +15,7 @@ from fastscore.profiler.phases import (
     BOTH,
     CLASS,
     FORWARD,
+    GRAPH,
     JEM,
     PRECONDITIONING,
     SOLVER,
@@ -31,11 +32,11 @@ from fastscore.profiler.words import DASH, megabytes, milliseconds, percent
 from fastscore.profiler.words import operations as macs_words
 
 _COLOURS = {FORWARD: 0, UNDIVIDED: 0, BOTH: 1, JEM: 2, CLASS: 3, SUBNET: 4, UNET: 4, WHOLE: 4}
-_COLOURS |= {TAPS: 5, SOLVER: 6, VOCODER: 7, PRECONDITIONING: 8}
+_COLOURS |= {GRAPH: 4, TAPS: 5, SOLVER: 6, VOCODER: 7, PRECONDITIONING: 8}
 _HOST = 8
-_LIMITS = ("Compute", "Bytes", "Bound", "Of bound")
+_LIMITS = ("MMACs", "MB", "Bound", "Of bound")
 # rows that a table shows; what is beyond is one row
-_ROWS = 24
+_ROWS = 18
 
 
 def colours(report: Report) -> dict[str, int]:
@@ -53,12 +54,12 @@ def fix(report: Report) -> str:
     items = "".join(
         f"<li><div><h3>{text(loss.what)}</h3><p>{text(_rest(loss.sentence, loss.what))}</p>"
         f'<p class="fix">{text(loss.remedy)}</p></div>'
-        f'<div class="saved"><b>{milliseconds(loss.saved)}</b> could be saved</div></li>'
+        f'<div class="saved"><b>{milliseconds(loss.saved)}</b> could be saved at most</div></li>'
         for loss in report.losses
     )
     return (
         "<p>The largest losses against what this machine was measured to do. What could be saved "
-        "is what the operation took beyond its bound: a ceiling, not a forecast.</p>"
+        "is what the operations took beyond their bound: a ceiling, not a forecast.</p>"
         f'<ol class="losses">{items}</ol>'
     )
 
@@ -83,14 +84,13 @@ def phases(report: Report) -> str:
             time(p.busy),
             *([] if report.on_device else [time(p.wall - p.busy)]),
             number(key(p), percent(key(p) / total)),
-            number(p.times, str(p.times)),
         ]
         for p in shown
     ]
-    clock = "Host" if report.on_device else "On the clock"
-    between = [] if report.on_device else ["Between operations"]
-    heads = ["Phase", clock, "GPU" if report.on_device else "In operations", *between]
-    found = table("Phases of the profiled run", [*heads, "Share", "Visits"], rows)
+    clock = "Host, ms" if report.on_device else "On the clock, ms"
+    between = [] if report.on_device else ["Between operations, ms"]
+    heads = ["Phase", clock, "GPU, ms" if report.on_device else "In operations, ms", *between]
+    found = table("Phases of the profiled run", [*heads, "Share"], rows)
     return f"<figure>{strip}</figure>{found}{_rows_note(report)}"
 
 
@@ -127,7 +127,7 @@ def timeline(report: Report) -> str:
 
 def operations(report: Report) -> str:
     """Operations by kind and place, with what they must compute and move."""
-    heads = ["Operation and place", "Time", "Share", "Calls", *_LIMITS]
+    heads = ["Operation and place", "Time, ms", "Share", "Calls", *_LIMITS]
     rows = [
         [
             cell(text(group.words), head=True),
@@ -139,9 +139,9 @@ def operations(report: Report) -> str:
     ]
     rows += _others(report.operations[_ROWS:], report, 4)
     note = (
-        "Bytes are what must be read and written at least once; compute is that of the plain "
-        "definition. For 3&times;3 convolutions by Winograd's filtering the bound counts the 16 "
-        "products of 36 that it takes. A dash: nobody knows."
+        "MB are what must be read and written at least once, MMACs those of the plain "
+        "definition, in millions. For 3&times;3 convolutions by Winograd's filtering the bound "
+        "counts the 16 products of 36 that it takes. A dash: nobody knows."
     )
     found = table("Operations, the longest first", heads, rows, sorts=True)
     return f'{found}<p class="small soft">{note}</p>'
@@ -149,13 +149,13 @@ def operations(report: Report) -> str:
 
 def kernels(report: Report) -> str:
     """Kernels by name."""
-    heads = ["Kernel", "Time", "Share", "Launches", "A launch", *_LIMITS]
+    heads = ["Kernel", "Time, ms", "Share", "Launches", "Each, \N{MICRO SIGN}s", *_LIMITS]
     rows = [
         [
             cell(text(group.words) + code(group.name[:120]), head=True),
             *_times(group, report),
             number(group.launches, str(group.launches)),
-            time(group.us / group.launches),
+            number(group.us / group.launches, f"{group.us / group.launches:.1f}"),
             *_work(group, least),
         ]
         for group, least in report.kernels[:_ROWS]
@@ -167,8 +167,8 @@ def kernels(report: Report) -> str:
         else "On a CPU: calls of the compiled library, and PyTorch's outermost operators."
     )
     words = (
-        f"{what} Compute and bytes are given where one kernel alone does a layer's work, or where "
-        "its operands tell them."
+        f"{what} MMACs and MB are given where one kernel does a layer's work, or where its "
+        "operands tell them."
     )
     found = table("Kernels, the longest first", heads, rows, sorts=True)
     return f"<p>{words}</p>{found}"
@@ -195,7 +195,7 @@ def gaps(report: Report) -> str:
         ]
         for length, count, us in found.histogram
     ]
-    histogram = table("Gaps by length", ["Length", "Gaps", "Together", ""], bars)
+    histogram = table("Gaps by length", ["Length", "Gaps", "Together, ms", ""], bars)
     longest = [
         [
             time(g.us),
@@ -206,7 +206,7 @@ def gaps(report: Report) -> str:
         ]
         for g in found.longest
     ]
-    heads = ["#Gap", "#At", "After", "Before", "Phase"]
+    heads = ["#Gap, ms", "#At, ms", "After", "Before", "Phase"]
     return f"<p>{text(words)}</p>{histogram}{table('The longest gaps', heads, longest, sorts=True)}"
 
 
@@ -269,7 +269,7 @@ def macs(report: Report) -> str:
     rows = [
         [
             cell(f"<code>{text(name)}</code>", head=True),
-            number(count, macs_words(count)),
+            number(count, f"{count / 1e6:.1f}"),
             number(count, percent(count / total)),
             bar(count / most, _module_colour(name)),
         ]
@@ -284,7 +284,7 @@ def macs(report: Report) -> str:
         "evaluations, pulled-back cotangents included; by their definition, whatever algorithm "
         "computes them. The vocoder is not counted."
     )
-    heads = ["Module", "Compute", "Share", ""]
+    heads = ["Module", "MMACs", "Share", ""]
     return f"<p>{text(words)}</p>{table('Multiply-accumulates of one clip', heads, rows)}"
 
 
@@ -358,13 +358,13 @@ def _times(group: Group, report: Report) -> list[str]:
 
 def _work(group: Group, least: Bound | None) -> list[str]:
     cells = [
-        number(group.macs, macs_words(group.macs)) if group.macs else number(0, DASH),
-        number(group.bytes, megabytes(group.bytes)) if group.bytes else number(0, DASH),
+        number(group.macs, f"{group.macs / 1e6:.1f}") if group.macs else number(0, DASH),
+        number(group.bytes, f"{group.bytes / 1e6:.2f}") if group.bytes else number(0, DASH),
     ]
     if least is None or not least.us:
         return [*cells, f"<td>{DASH}</td>", number(-1, DASH)]
     share = least.us / group.us
-    return [*cells, f"<td>{least.name}</td>", number(share, percent(share))]
+    return [*cells, f'<td class="lim">{least.name}</td>', number(share, percent(share))]
 
 
 def _others(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastscore.profiler import charts
-from fastscore.profiler.words import milliseconds
+from fastscore.profiler.words import in_ms
 
 
 def table(
@@ -47,8 +47,8 @@ def number(value: float, words: str) -> str:
 
 
 def time(us: float) -> str:
-    """A cell of a time."""
-    return number(us, milliseconds(us))
+    """A cell of milliseconds."""
+    return number(us, in_ms(us))
 
 
 def bar(share: float, colour: int = 0) -> str:

@@ -50,6 +50,7 @@ _OPERATORS = {
     "aten::_to_copy": "change of type or device",
     "aten::fft_rfft": "Fourier transform",
     "aten::fft_irfft": "inverse Fourier transform",
+    "aten::repeat": "repetition",
     "aten::mean": "mean",
     "aten::sum": "sum",
     "aten::cumsum": "running sum",
@@ -183,6 +184,11 @@ def operations(count: float) -> str:
         if count >= scale:
             return f"{_three(count / scale)} {unit}MACs"
     return f"{count:.0f} MACs"
+
+
+def in_ms(us: float) -> str:
+    """Milliseconds with two decimals, for a column."""
+    return f"{us / 1e3:.2f}"
 
 
 def percent(share: float) -> str:
