@@ -41,7 +41,7 @@ MOST_SHARED, FEWEST_OTHERS = 0.03, 3
 # be resolved: that it is found
 FALSE, POWER = 0.01, 0.9
 FEWEST_SITTINGS = 4
-BLOCKS, RESAMPLED = 8, 400
+BLOCKS, RESAMPLED = 8, 200
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,12 @@ def _share(a: _Side, b: _Side) -> tuple[float | None, float]:
         return None, 0.0
     parts = [side.deviations() for side in (a, b)]
     dy, dx = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-    noise = float(np.mean((dy - SHARE * dx) ** 2))
-    prior = 1 / SHARE_SD**2
-    weight = float(dx @ dx) / noise if noise > 0 else 0.0
-    found = (prior * SHARE + (float(dx @ dy) / noise if noise > 0 else 0.0)) / (prior + weight)
+    prior, found, weight = 1 / SHARE_SD**2, SHARE, 0.0
+    for _ in range(3):
+        noise = float(np.mean((dy - found * dx) ** 2))
+        if noise > 0:
+            weight = float(dx @ dx) / noise
+            found = (prior * SHARE + float(dx @ dy) / noise) / (prior + weight)
     # data can say that a row moves apart from the reference, not that it moves against it
     return min(1.0, max(0.0, found)), 1 / math.sqrt(prior + weight)
 

@@ -346,9 +346,7 @@ class _Reader:
         sittings = found["sittings"]
         self._is(sittings, int, f"{where}, sittings")
         if sittings < 1 or len(values) % sittings:
-            self._fail(
-                where, f"are {len(values)} in {sittings} sittings, which are not equal parts"
-            )
+            self._fail(where, f"are {len(values)}, not {sittings} equal sittings")
         if found["reference"] is None:
             return Rounds(values, None, sittings)
         reference = self._seconds(found["reference"], f"{where}, reference")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -114,23 +115,27 @@ def compare_files(
     a: str | os.PathLike[str], b: str | os.PathLike[str], tolerance: float = TOLERANCE
 ) -> Verdict:
     """Compare two result files; ValueError where one cannot be read (see `read_results`)."""
-    first, second = read_results(a), read_results(b)
-    return compare(first, second, str(a), str(b), tolerance)
+    return compare(read_results(a), read_results(b), (str(a), str(b)), tolerance)
 
 
 def compare(
-    a: ResultFile, b: ResultFile, name_a: str = "A", name_b: str = "B", tolerance: float = TOLERANCE
+    a: ResultFile,
+    b: ResultFile,
+    names: tuple[str, str] = ("A", "B"),
+    tolerance: float = TOLERANCE,
+    notes: Sequence[str] = (),
 ) -> Verdict:
     """Compare what two runs found; every row of either appears in the verdict.
 
-    ``tolerance``: the change that a row must be able to show for "same".
+    ``tolerance``: the change that a row must be able to show for "same"; ``notes`` come first among
+    the differences.
     """
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance {tolerance} must be above 0 and below 1, such as 0.1")
     machines = _machines(a.provenance, b.provenance)
-    names = list(dict.fromkeys(row.name for row in (*a.rows, *b.rows)))
+    keys = list(dict.fromkeys(row.name for row in (*a.rows, *b.rows)))
     pairs, refused = {}, {}
-    for name in names:
+    for name in keys:
         first, second = a.row(name), b.row(name)
         why = _obstacle(first, second) or "; ".join(machines)
         if why:
@@ -139,17 +144,17 @@ def compare(
             pairs[name] = (first.rounds, second.rounds)
     found = changes(pairs)
     rows = []
-    for name in names:
+    for name in keys:
         medians = _median(a.row(name)), _median(b.row(name))
         if name in refused:
             rows.append(RowVerdict(name, NOT_COMPARED, refused[name], medians))
         else:
             rows.append(_judged(name, medians, found[name], tolerance))
-    notes = [note for note in (a.note, b.note) if note]
-    differences = (*notes, *_differences(a, b), *_warnings(a, b))
+    stopped = [result.note for result in (a, b) if result.note]
+    differences = (*notes, *stopped, *_differences(a, b), *_warnings(a, b))
     return Verdict(
-        _label(name_a, a.provenance),
-        _label(name_b, b.provenance),
+        _label(names[0], a.provenance),
+        _label(names[1], b.provenance),
         tuple(rows),
         differences,
         tolerance,
@@ -163,9 +168,7 @@ def _judged(
         return RowVerdict(name, SLOWER if change.low > 0 else FASTER, "", medians, change)
     if change.resolves <= tolerance:
         return RowVerdict(name, SAME, "", medians, change)
-    reason = (
-        f"changes below {_percent(change.resolves)} do not show in these rounds; run more of them"
-    )
+    reason = f"a change must exceed {_percent(change.resolves)} to show here; measure for longer"
     return RowVerdict(name, CANNOT_TELL, reason, medians, change)
 
 
@@ -176,14 +179,15 @@ def _obstacle(a: Row | None, b: Row | None) -> str:
     for side, row in (("A", a), ("B", b)):
         if row.status != "ok":
             return f"{row.status} in {side}: {row.reason}"
-        if row.rounds is None:
-            return f"not timed in {side}"
-        if len(row.rounds.values) < 6:
-            return f"{len(row.rounds.values)} rounds in {side}, of 6 that a comparison needs"
     for key in sorted({*a.workload, *b.workload}):
         first, second = (row.workload.get(key, "nothing") for row in (a, b))
         if first != second:
             return f"another workload: {key} is {first} in A and {second} in B"
+    for side, row in (("A", a), ("B", b)):
+        if row.rounds is None:
+            return f"not timed in {side}"
+        if len(row.rounds.values) < 6:
+            return f"{len(row.rounds.values)} rounds in {side}, of 6 that a comparison needs"
     return ""
 
 
