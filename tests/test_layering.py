@@ -141,6 +141,13 @@ fastscore.measure.energy             torch .measure.traces | pynvml
 fastscore.measure.macs               torch .denoiser .layers |
 fastscore.measure.roofline           torch .devices |
 fastscore.measure.work               torch .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels.traffic |
+fastscore.measure.workloads          |
+fastscore.measure.models             torch .classifier .config .denoiser .layers .packed .presets .subnet .unet .vocoder |
+fastscore.measure.operations         torch kernels kernels.traffic kernels.noise kernels.reference .measure.workloads |
+fastscore.measure.subjects           torch .denoiser .engine .engine.compiled .engine.programs .measure.models .measure.operations .measure.workloads .pipeline .presets .samplers .vocoder |
+fastscore.measure.worker             torch kernels .measure.provenance .measure.subjects .measure.timing .measure.workloads |
+fastscore.measure.against            .measure.results .measure.verdict .measure.workloads .measure.worktree |
+fastscore.measure.costs              torch .denoiser .measure.macs .measure.models .measure.operations .measure.roofline .measure.subjects .measure.work .measure.workloads .vocoder |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |
