@@ -220,7 +220,7 @@ def test_samples_of_a_power_that_rises():
     first = clock.times[-1] + 0.01
     source = energy.PowerSamples(watts, 0.1, "ramp", clock, every=0.001)
     joules, last = sampled(source, clock, 12), clock.times[-1]
-    assert last >= 0.12
+    assert last > 0.1
     # the rule is exact on a line
     assert joules == pytest.approx(100 * (last - first) + 500 * (last**2 - first**2))
 

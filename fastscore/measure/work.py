@@ -149,7 +149,8 @@ class _Walk:
             if product.module == name or (fused and product.module.startswith(f"{name}.")):
                 self._inside[name] += product.macs
                 return
-        weights = module.weight.nbytes
+        bias = module.bias if product.part == macs.FORWARD else None
+        weights = module.weight.nbytes + (0 if bias is None else bias.nbytes)
         moved = sum(map(_bytes, (*product.operands, product.result)))
         kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
         if product.part == macs.VJP:
