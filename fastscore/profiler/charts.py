@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fastscore.profiler.report import Memory, Row
-from fastscore.profiler.words import megabytes, milliseconds, percent
+from fastscore.profiler.words import MICRO, megabytes, milliseconds, percent
 
 ROW = 22
 # user units across a drawing that is stretched to the page's width
@@ -51,10 +51,7 @@ def timeline(rows: Sequence[Row], colours: Mapping[str, int], left_out: int) -> 
             left = _WIDE * start / longest
             parts.append(_rect(left, i * ROW + 3, width, ROW - 6, colours[name], title))
     labels = "".join(f"<span>{_text(row.words)}</span>" for row in rows)
-    axis = "".join(
-        f'<span style="left:{100 * t / longest:.2f}%">{milliseconds(t) if t else "0"}</span>'
-        for t in ticks
-    )
+    axis = "".join(_label(t / longest, _tick(t)) for t in ticks)
     gap = f" {left_out} evaluations in the middle are left out." if left_out else ""
     return (
         '<figure class="zooms"><div class="tools">'
@@ -99,7 +96,7 @@ def memory(found: Memory) -> str:
         f'<polyline class="edge" points="{points}"/></svg><span></span>'
         f'<div class="axis" aria-hidden="true"><span style="left:0">0</span>'
         f'<span style="left:50%">{milliseconds(found.us / 2)}</span>'
-        f'<span style="left:100%">{milliseconds(found.us)}</span></div></div>'
+        f'<span class="end" style="left:100%">{milliseconds(found.us)}</span></div></div>'
         f"<figcaption>{_text(words)} (dashed line).</figcaption></figure>"
     )
 
@@ -116,6 +113,19 @@ def _steps(curve: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
     for at, count in curve[1:]:
         found += [(at, found[-1][1]), (at, count)]
     return found
+
+
+def _label(place: float, words: str) -> str:
+    # near the end it would stand out of the drawing
+    end = ' class="end"' if place > 0.94 else ""
+    return f'<span{end} style="left:{100 * place:.2f}%">{words}</span>'
+
+
+def _tick(us: float) -> str:
+    for unit, scale in (("s", 1e6), ("ms", 1e3)):
+        if us >= scale:
+            return f"{us / scale:g} {unit}"
+    return f"{us:g} {MICRO}s" if us else "0"
 
 
 def _rect(x: float, y: float, width: float, height: float, colour: int, inside: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastscore.profiler.events import Item, Span, Trace
-from fastscore.profiler.phases import NATIVE, PHASE
+from fastscore.profiler.phases import LAYER, NATIVE, PHASE
 from fastscore.profiler.words import TIMES, operator_bytes, plain, trivial
 from fastscore.profiler.work import Work
 
@@ -55,13 +55,18 @@ class PhaseTime:
 
 @dataclass(frozen=True)
 class Gap:
-    """Time ``us`` at ``start`` in which nothing ran, between two operations."""
+    """Time ``us`` at ``start`` in which nothing was computed, between two operations.
+
+    ``left`` and ``right`` are the layers of both, where they have one.
+    """
 
     start: float
     us: float
     before: str
     after: str
     phase: str
+    left: str = ""
+    right: str = ""
 
 
 @dataclass
@@ -82,7 +87,7 @@ def by_phase(trace: Trace) -> list[PhaseTime]:
         name = span.name.removeprefix(PHASE)
         wall[name] += span.us
     for item in trace.items:
-        busy[item.phase] += item.us
+        busy[item.phase] += 0.0 if trivial(item.name) else item.us
     names = {*wall, *(name for name in busy if name)}
     found = [PhaseTime(n, wall[n], busy[n]) for n in names]
     key = (lambda p: -p.busy) if trace.on_device else (lambda p: -p.wall)
@@ -168,13 +173,14 @@ _EDGES = (0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)
 
 
 def gaps(trace: Trace, longest: int = 12) -> Gaps:
-    """Time between operations, on a CPU, or kernels, on a GPU, within the evaluations' stretch."""
+    """Time between what computes: operations on a CPU, kernels on a GPU."""
     found, last, end = [], None, None
-    for item in trace.items:
+    for item in (i for i in trace.items if not trivial(i.name)):
         if end is not None and item.start > end:
             assert last is not None
             phase = _phase_at(trace.phases, end) if not trace.on_device else item.phase
-            found.append(Gap(end, item.start - end, plain(last.name), plain(item.name), phase))
+            names = plain(last.name), plain(item.name), phase, _path(last), _path(item)
+            found.append(Gap(end, item.start - end, *names))
         if end is None or item.end > end:
             last, end = item, item.end
     histogram = []
@@ -186,6 +192,10 @@ def gaps(trace: Trace, longest: int = 12) -> Gaps:
         histogram.pop()
     most = sorted(found, key=lambda g: -g.us)[:longest]
     return Gaps(sum(g.us for g in found), len(found), histogram, most)
+
+
+def _path(item: Item) -> str:
+    return item.layer.removeprefix(LAYER).partition(" ")[0]
 
 
 def _phase_at(phases: Sequence[Span], time: float) -> str:

@@ -55,3 +55,8 @@ for (const figure of document.querySelectorAll("figure.zooms")) {
     }
   });
 }
+
+// on paper nothing can be opened
+const folded = [...document.querySelectorAll("details:not([open])")];
+window.addEventListener("beforeprint", () => folded.forEach((d) => { d.open = true; }));
+window.addEventListener("afterprint", () => folded.forEach((d) => { d.open = false; }));

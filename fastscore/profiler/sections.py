@@ -108,8 +108,8 @@ def _rows_note(report: Report) -> str:
         )
     if not report.on_device:
         notes.append(
-            "Between operations no operation runs: it is the time of Python, of PyTorch's "
-            "dispatcher and of the profiler."
+            "Between operations nothing is computed: it is the time of Python, of PyTorch's "
+            "dispatcher, of making room for tensors, and of the profiler."
         )
     return "".join(f'<p class="small soft">{text(n)}</p>' for n in notes)
 
@@ -137,13 +137,13 @@ def operations(report: Report) -> str:
         ]
         for group, least in report.operations[:_ROWS]
     ]
-    rows += _others(report.operations[_ROWS:], report, 4)
+    last = _others(report.operations[_ROWS:], report, 2)
     note = (
         "MB are what must be read and written at least once, MMACs those of the plain "
         "definition, in millions. For 3&times;3 convolutions by Winograd's filtering the bound "
         "counts the 16 products of 36 that it takes. A dash: nobody knows."
     )
-    found = table("Operations, the longest first", heads, rows, sorts=True)
+    found = table("Operations, the longest first", heads, rows, True, last)
     return f'{found}<p class="small soft">{note}</p>'
 
 
@@ -160,7 +160,7 @@ def kernels(report: Report) -> str:
         ]
         for group, least in report.kernels[:_ROWS]
     ]
-    rows += _others(report.kernels[_ROWS:], report, 5, launches=True)
+    last = _others(report.kernels[_ROWS:], report, 3, launches=True)
     what = (
         "Kernels that ran on the GPU."
         if report.on_device
@@ -170,7 +170,7 @@ def kernels(report: Report) -> str:
         f"{what} MMACs and MB are given where one kernel does a layer's work, or where its "
         "operands tell them."
     )
-    found = table("Kernels, the longest first", heads, rows, sorts=True)
+    found = table("Kernels, the longest first", heads, rows, True, last)
     return f"<p>{words}</p>{found}"
 
 
@@ -179,7 +179,7 @@ def gaps(report: Report) -> str:
     found = report.gaps
     if not found.count:
         return "<p>There is none.</p>"
-    what = "GPU idle" if report.on_device else "no operation running"
+    what = "GPU idle" if report.on_device else "nothing computed"
     words = (
         f"{found.count} gaps with {what}, {milliseconds(found.total)} together, "
         f"{percent(found.total / report.us)} of the run. The profiler added "
@@ -200,8 +200,8 @@ def gaps(report: Report) -> str:
         [
             time(g.us),
             time(g.start),
-            cell(text(g.before)),
-            cell(text(g.after)),
+            cell(text(g.before) + (code(g.left) if g.left else "")),
+            cell(text(g.after) + (code(g.right) if g.right else "")),
             cell(text(g.phase)),
         ]
         for g in found.longest
@@ -232,12 +232,16 @@ def memory(report: Report) -> str:
 def engine(report: Report) -> str:
     """What the engine compiled, recorded and replayed."""
     counts = report.engine
-    mode = counts["mode"]
+    if counts["mode"] == "eager":
+        words = (
+            "Mode eager: 0 compilations, 0 recompilations, 0 graph replays. The first run, warm-up "
+            f"included, took {milliseconds(1e6 * report.facts.warm_up)}."
+        )
+        return f"<p>{text(words)}</p>"
     verdict = {
-        "eager": "Mode eager: nothing is compiled and nothing is replayed.",
         "compile": "Mode compile: one program for each batch size, guided and not.",
         "graphs": "Mode graphs: a whole trajectory is one CUDA graph.",
-    }[mode]
+    }[counts["mode"]]
     if counts["compilations_during"] or counts["recorded_during"]:
         verdict += (
             f" {counts['compilations_during']} compilations and {counts['recorded_during']} "
@@ -245,14 +249,13 @@ def engine(report: Report) -> str:
         )
     counted = [
         ("Compilations", counts["compilations"]),
-        ("of them more than one a shape", counts["recompilations"]),
+        ("Recompilations: more than one a shape", counts["recompilations"]),
         ("Compilations during the profiled runs", counts["compilations_during"]),
         ("Graphs recorded", counts["recorded"]),
-        ("Replays during the profiled runs", counts["replays_during"]),
-        ("Programs thrown out", counts["evicted"]),
-        ("Batches halved for want of memory", counts["splits"]),
-        ("First run, compiling included", milliseconds(1e6 * report.facts.warm_up)),
+        ("Graph replays during the profiled runs", counts["replays_during"]),
+        ("Graphs thrown out for others", counts["evicted"]),
         ("Memory of graphs", megabytes(counts["graph_memory"])),
+        ("First run, compiling included", milliseconds(1e6 * report.facts.warm_up)),
     ]
     if report.on_device:
         counted += [("Launches from the host", report.launches)]
@@ -382,5 +385,7 @@ def _others(
             number(us, percent(us / report.us)),
             number(count, str(count)),
             *[number(-1, DASH)] * empty,
+            cell(DASH),
+            number(-1, DASH),
         ]
     ]

@@ -11,15 +11,24 @@ from fastscore.profiler.words import in_ms
 
 
 def table(
-    caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], sorts: bool = False
+    caption: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    sorts: bool = False,
+    last: Sequence[Sequence[str]] = (),
 ) -> str:
-    """A table in a box that scrolls by itself; all columns but words are numbers."""
+    """A table in a box that scrolls by itself; all columns but words are numbers.
+
+    ``last`` are rows that stay at the end however the others are sorted.
+    """
     head = "".join(_heading(words, i) for i, words in enumerate(heads))
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    foot = "".join(f"<tr>{''.join(row)}</tr>" for row in last)
+    foot = f"<tfoot>{foot}</tfoot>" if foot else ""
     kind = ' class="sorts"' if sorts else ""
     return (
         f'<div class="box" tabindex="0" role="region" aria-label="{text(caption)}"><table{kind}>'
-        f"<caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+        f"<caption>{text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}"
         "</table></div>"
     )
 
