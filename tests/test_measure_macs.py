@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from kernel_cases import native_or_skip
 from small_models import SPACE, small_classifier, small_denoiser
 from torch import nn
 
@@ -107,6 +106,11 @@ def steps(denoiser):
     return macs.step(denoiser)
 
 
+@pytest.fixture(scope="module")
+def done(denoiser):
+    return work.step(denoiser, 2)
+
+
 def test_a_step_by_part(denoiser, steps):
     unguided, guided = (steps[name].parts() for name in ("unguided", "guided"))
     forward = EMBEDDING + FILM + LOWER + UPPER
@@ -114,7 +118,6 @@ def test_a_step_by_part(denoiser, steps):
     assert guided == {**unguided, "class_vjp": UPPER + LOWER}
     # rows of both VJPs add up to what ran, and nothing is lost on the way
     assert {name: counted.total for name, counted in steps.items()} == step_macs(denoiser)
-    assert macs.step(denoiser, 3)["guided"].parts() == {k: 3 * v for k, v in guided.items()}
     assert steps["guided"].modules(1) == {
         "classifier": forward + 2 * UPPER + LOWER,
         "subnet": guided["subnet"],
@@ -151,16 +154,16 @@ def test_the_usual_pair(steps):
         "forward": steps["guided"].parts()["forward"],
         "class_vjp": UPPER + LOWER,
     }
-    alone = GuidedUNet(UNet(UNET), None, SPACE, SigmaRange())
+    alone = GuidedUNet(pair.unet, None, SPACE, SigmaRange())
     assert list(macs.step(alone)) == ["unguided"]
     with pytest.raises(ValueError, match="cannot be guided"):
         work.step(alone)
-    assert work.step(pair).macs == found["guided"].total
+    done = work.step(pair, tf32=True)
+    assert done.macs == found["guided"].total
+    assert {op.dtype for op in done.ops} == {"tf32"}
 
 
-def test_work_of_a_step(denoiser, steps):
-    native_or_skip()
-    done = work.step(denoiser, 2)
+def test_work_of_a_step(done, steps):
     assert done.macs == 2 * steps["guided"].total
     by_place = {(op.module, op.part): op for op in done.ops}
     # inputs and outputs of both samples, and the weight, once each
@@ -191,17 +194,16 @@ def test_work_of_a_step(denoiser, steps):
     )
 
 
-def test_the_least_bytes_of_a_step(denoiser):
-    unguided, guided = work.step(denoiser, 4, guided=False), work.step(denoiser, 4)
+def test_the_least_bytes_of_a_step(denoiser, done):
+    unguided = work.step(denoiser, 2, guided=False)
     weights = 4 * sum(p.numel() for p in denoiser.parameters())
-    assert unguided.weights == guided.weights == weights
-    assert guided.bytes == weights + 4 * 4 * 2 * 16 * 24
-    assert guided.moved > unguided.moved > unguided.bytes
+    assert unguided.weights == done.weights == weights
+    assert done.bytes == weights + 2 * 4 * 2 * 16 * 24
+    assert done.moved > unguided.moved > unguided.bytes
     assert weights < unguided.working_set < unguided.moved
 
 
-def test_bounds_of_a_step(denoiser):
-    done = work.step(denoiser)
+def test_bounds_of_a_step(done):
     products = sum(op.products for op in done.ops)
     fast = Peaks("cpu", 1, (Level("memory", None, 1, 1e3, 1e3),), {"fp32": 1e12})
     assert done.bound(fast) == {"name": "bandwidth memory", "seconds": done.bytes / 1e3}
@@ -212,16 +214,14 @@ def test_bounds_of_a_step(denoiser):
     assert done.bound_by_ops(slow) >= done.bound(slow)["seconds"]
 
 
-def test_work_in_bf16():
-    denoiser = small_denoiser()
-    wide = work.step(denoiser)
-    set_precision(denoiser, "bf16")
-    narrow = work.step(denoiser)
-    assert narrow.macs == wide.macs
+def test_work_in_bf16(done):
+    narrowed = small_denoiser()
+    set_precision(narrowed, "bf16")
+    narrow = work.step(narrowed, 2)
+    assert narrow.macs == done.macs
     types = {op.name: op.dtype for op in narrow.ops}
     assert types["conv"] == types["tap_path"] == "bf16"
     assert types["linear"] == "fp32"
     # nothing is saved by Winograd there
     assert all(op.products == op.macs for op in narrow.ops)
-    assert narrow.weights < 0.6 * wide.weights
-    assert {op.dtype for op in work.step(small_denoiser(), tf32=True).ops} == {"tf32"}
+    assert narrow.weights < 0.6 * done.weights

@@ -46,7 +46,6 @@ def peak(call: Call, device: str | torch.device = "cpu", warm: int = 1) -> dict[
         gc.collect()
         return {"device": str(device), **_on_gpu(call, device)}
     found = {"device": str(device), **tensor_peak(call, warm)}
-    gc.collect()
     return {**found, "rss": resident_peak(call)}
 
 
@@ -60,13 +59,13 @@ def tensor_peak(call: Call, warm: int = 1) -> dict[str, int]:
     """
     for _ in range(warm - 1):
         call()
-    gc.collect()
     # on a machine without a GPU the profiler's library would complain on stderr
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     with torch.autograd.profiler.profile(profile_memory=True, acc_events=False) as profiler:
         if warm:
             call()
-            gc.collect()
+        # or what was left to be collected would be counted as freed by the call
+        gc.collect()
         with torch.autograd.profiler.record_function(_MARK):
             kept = call()
     results = profiler.kineto_results
