@@ -12,9 +12,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
-from fastscore.commands import classify, evaluate, export, info, profile, sample, train, vocode
+from fastscore.commands import (
+    bench,
+    classify,
+    evaluate,
+    export,
+    info,
+    profile,
+    sample,
+    train,
+    vocode,
+)
 
-COMMANDS = (sample, classify, vocode, info, evaluate, train, export, profile)
+COMMANDS = (sample, classify, vocode, info, bench, evaluate, train, export, profile)
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 128 + signal.SIGINT
 
 

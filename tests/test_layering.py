@@ -143,11 +143,13 @@ fastscore.measure.roofline           torch .devices |
 fastscore.measure.work               torch .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels.traffic |
 fastscore.measure.workloads          |
 fastscore.measure.models             torch .classifier .config .denoiser .layers .packed .presets .subnet .unet .vocoder |
-fastscore.measure.operations         torch kernels kernels.traffic kernels.noise kernels.reference .measure.workloads |
+fastscore.measure.operations         torch kernels kernels.noise kernels.norm_act kernels.reference kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path kernels.traffic .measure.workloads |
 fastscore.measure.subjects           torch .denoiser .engine .engine.compiled .engine.programs .measure.models .measure.operations .measure.workloads .pipeline .presets .samplers .vocoder |
 fastscore.measure.worker             torch kernels .measure.provenance .measure.subjects .measure.timing .measure.workloads |
 fastscore.measure.against            .measure.results .measure.verdict .measure.workloads .measure.worktree |
 fastscore.measure.costs              torch .denoiser .measure.macs .measure.models .measure.operations .measure.roofline .measure.subjects .measure.work .measure.workloads .vocoder |
+fastscore.measure.tables             .measure.results |
+fastscore.measure.suites             torch kernels .measure.costs .measure.energy .measure.memory .measure.models .measure.provenance .measure.results .measure.roofline .measure.subjects .measure.timing .measure.workloads |
 fastscore.metrics                    |
 fastscore.metrics.frechet            numpy |
 fastscore.metrics.rates              numpy |
@@ -198,6 +200,7 @@ fastscore.profiler.sections          .measure.roofline .profiler.charts .profile
 fastscore.profiler.page              .profiler.report .profiler.sections .profiler.words |
 fastscore.commands                   |
 fastscore.commands.common            | torch tqdm .engine .pipeline
+fastscore.commands.bench             .commands.common .measure.workloads | tqdm .devices .measure.against .measure.results .measure.suites .measure.tables .measure.verdict
 fastscore.commands.classify          .commands.common |
 fastscore.commands.evaluate          .commands.common | .metrics.evaluate
 fastscore.commands.export            .commands.common | .engine .export .export.pipeline .export.runtime
@@ -206,7 +209,7 @@ fastscore.commands.profile           .commands.common | .files .measure.macs .me
 fastscore.commands.sample            .commands.common .commands.export | .pipeline .results
 fastscore.commands.vocode            .commands.common | .audio .devices .hearing .presets .results .vocoder
 fastscore.commands.train             | torch .checkpoint .config .data .folders .metrics.recogniser .presets .train.classifier .train.denoising .train.loop .train.mels .train.recogniser .train.score .train.task .train.unet .train.vocoder
-fastscore.cli                        .commands.classify .commands.evaluate .commands.export .commands.info .commands.profile .commands.sample .commands.train .commands.vocode | fastscore
+fastscore.cli                        .commands.bench .commands.classify .commands.evaluate .commands.export .commands.info .commands.profile .commands.sample .commands.train .commands.vocode | fastscore
 fastscore.__main__                   .cli |
 """  # noqa: E501
 

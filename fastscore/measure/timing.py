@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,6 +177,19 @@ def reference_work(device: torch.device) -> Run:
     return work
 
 
+class Pace(NamedTuple):
+    """About how long a call takes, in seconds, and how many of them make a round."""
+
+    once: float
+    repeats: int
+
+
+def paces(runs: dict[str, Run], watch: Stopwatch, round_seconds: float = 2e-3) -> dict[str, Pace]:
+    """Pace of each, after first calls that compile and fill caches."""
+    once = {name: _warm(run, watch) for name, run in runs.items()}
+    return {name: Pace(s, max(1, math.ceil(round_seconds / s))) for name, s in once.items()}
+
+
 def interleaved(
     runs: dict[str, Run],
     rounds: int | None = None,
@@ -184,35 +197,43 @@ def interleaved(
     *,
     watch: Stopwatch | None = None,
     reference: Run | None = None,
-    reference_watch: Stopwatch | None = None,
     budget: float = BUDGET,
+    known: dict[str, Pace] | None = None,
     progress: Watcher | None = None,
 ) -> dict[str, Timing]:
     """Time computations in turn, so that what disturbs one disturbs its neighbours as well.
 
     A round of a computation repeats it for about ``round_seconds``; its first calls, which compile
     and fill caches, are not counted. ``rounds`` None is as many as take ``budget`` seconds a
-    computation, `FEWEST` to `MOST`. ``reference`` is timed on both sides of each round.
+    computation, `FEWEST` to `MOST`. ``reference`` is timed on both sides of each round. ``known``
+    are paces of an earlier call: caches are in one state only after as many repetitions.
     """
     watch = watch or Stopwatch(torch.device("cpu"))
-    once = {name: _warm(run, watch) for name, run in runs.items()}
-    repeats = {name: max(1, math.ceil(round_seconds / s)) for name, s in once.items()}
+    pace = known or paces(runs, watch, round_seconds)
+    for name in known or ():
+        _warm(runs[name], watch)
     if rounds is None:
-        rounds = _rounds(sum(repeats[name] * s for name, s in once.items()) / len(runs), budget)
-    beside = _Beside(reference, reference_watch or watch)
+        rounds = rounds_within(pace, budget)
+    beside = _Beside(reference, watch)
     found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in runs}
     with _no_collection():
         for turn in range(rounds):
             for name in _rotated(list(runs), turn):
-                run, count = runs[name], repeats[name]
-                beside.before(count * once[name])
-                if once[name] < _SETTLED:
+                run, (once, repeats) = runs[name], pace[name]
+                beside.before(repeats * once)
+                if once < _SETTLED:
                     run()
-                seconds = watch(run, count)
+                seconds = watch(run, repeats)
                 found[name].append((seconds, beside.after()))
             if progress is not None:
                 progress(turn + 1, rounds)
     return {name: _timing(pairs) for name, pairs in found.items()}
+
+
+def rounds_within(pace: dict[str, Pace], budget: float, fewest: int = FEWEST) -> int:
+    """Rounds that take ``budget`` seconds a computation, ``fewest`` to `MOST`."""
+    seconds = sum(p.once * p.repeats for p in pace.values()) / len(pace)
+    return max(fewest, min(MOST, round(budget / seconds)))
 
 
 def ratios(timings: dict[str, Timing], slow: str, fast: str) -> tuple[float, float, float]:
@@ -245,10 +266,6 @@ def _warm(run: Run, watch: Stopwatch) -> float:
     """Seconds a call after the first, which compiles and chooses algorithms."""
     run()
     return max(1e-9, min(watch(run, 1) for _ in range(3)))
-
-
-def _rounds(seconds: float, budget: float) -> int:
-    return max(FEWEST, min(MOST, round(budget / seconds)))
 
 
 def _rotated(names: list[str], turn: int) -> list[str]:
