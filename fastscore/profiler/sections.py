@@ -98,7 +98,7 @@ def _rows_note(report: Report) -> str:
     names = {p.name: p for p in report.phases}
     notes = []
     if BOTH in names:
-        half = names[BOTH].wall / 2
+        half = (names[BOTH].busy if report.on_device else names[BOTH].wall) / 2
         notes.append(
             "In a guided evaluation the cotangents of the JEM density and of the class go back "
             "through the classifier in one batched pass, down to the shallowest tap. It is one "
@@ -277,6 +277,7 @@ def macs(report: Report) -> str:
             bar(count / most, _module_colour(name)),
         ]
         for name, count in report.macs.items()
+        if count >= total / 1000
     ]
     parts = ", ".join(
         f"{_PARTS.get(name, name)} {percent(count / total)}"
@@ -285,7 +286,7 @@ def macs(report: Report) -> str:
     words = (
         f"{macs_words(total)} a clip: {parts}. Convolutions, matrix products and attention of all "
         "evaluations, pulled-back cotangents included; by their definition, whatever algorithm "
-        "computes them. The vocoder is not counted."
+        "computes them. Modules below 0.1 % are left out; the vocoder is not counted."
     )
     heads = ["Module", "MMACs", "Share", ""]
     return f"<p>{text(words)}</p>{table('Multiply-accumulates of one clip', heads, rows)}"
