@@ -22,7 +22,7 @@ from fastscore.devices import fp32_products
 
 _CACHES = Path("/sys/devices/system/cpu")
 # edge of the square products timed; a peak is the best of them
-_EDGES = {"cpu": (768, 1536), "cuda": (4096, 8192)}
+_EDGES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 # copies of a device's memory stay below this, whatever its caches are
 _LARGEST = {"cpu": 2**29, "cuda": 2**30}
 _SMALLEST = 2**26
@@ -106,7 +106,7 @@ def share(limit: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def peaks(device: str | torch.device = "cpu", seconds: float = 0.2) -> Peaks:
-    """Peaks of ``device`` with the threads in use; ``seconds`` a figure, about fifteen times.
+    """Peaks of ``device`` with the threads in use; ``seconds`` a figure, about a dozen times.
 
     Measured once a process, device and number of threads.
     """
