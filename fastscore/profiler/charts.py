@@ -10,6 +10,7 @@ from fastscore.profiler.report import Memory, Row
 from fastscore.profiler.words import MICRO, megabytes, milliseconds, percent
 
 ROW = 22
+_FINE = 10
 # user units across a drawing that is stretched to the page's width
 _WIDE = 1000
 # narrower than this, nothing would be seen
@@ -36,11 +37,12 @@ def timeline(rows: Sequence[Row], colours: Mapping[str, int], left_out: int) -> 
     """A lane a row, all of one scale, in a view that can be made wider."""
     longest = max(row.end - row.start for row in rows)
     step = _nice(longest / 5)
-    ticks = [step * i for i in range(int(longest / step) + 1)]
+    ticks = [step * i / _FINE for i in range(int(_FINE * longest / step) + 1)]
     high = ROW * len(rows)
     parts = [
-        f'<line class="grid" x1="{_x(t, longest)}" x2="{_x(t, longest)}" y1="0" y2="{high}"/>'
-        for t in ticks
+        f'<line class="grid{_fine(i)}" x1="{_x(t, longest)}" x2="{_x(t, longest)}" y1="0" '
+        f'y2="{high}"/>'
+        for i, t in enumerate(ticks)
     ]
     for i, row in enumerate(rows):
         for name, start, end in row.phases:
@@ -51,7 +53,7 @@ def timeline(rows: Sequence[Row], colours: Mapping[str, int], left_out: int) -> 
             left = _WIDE * start / longest
             parts.append(_rect(left, i * ROW + 3, width, ROW - 6, colours[name], title))
     labels = "".join(f"<span>{_text(row.words)}</span>" for row in rows)
-    axis = "".join(_label(t / longest, _tick(t)) for t in ticks)
+    axis = "".join(_label(t / longest, _tick(t), _fine(i)) for i, t in enumerate(ticks))
     gap = f" {left_out} evaluations in the middle are left out." if left_out else ""
     return (
         '<figure class="zooms"><div class="tools">'
@@ -115,10 +117,15 @@ def _steps(curve: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
     return found
 
 
-def _label(place: float, words: str) -> str:
+def _fine(index: int) -> str:
+    """Class of what shows when there is room: nine of ten ticks."""
+    return " fine" if index % _FINE else ""
+
+
+def _label(place: float, words: str, kind: str) -> str:
     # near the end it would stand out of the drawing
-    end = ' class="end"' if place > 0.94 else ""
-    return f'<span{end} style="left:{100 * place:.2f}%">{words}</span>'
+    kind = f"end{kind}" if place > 0.94 else kind.strip()
+    return f'<span class="{kind}" style="left:{100 * place:.2f}%">{words}</span>'
 
 
 def _tick(us: float) -> str:

@@ -40,6 +40,7 @@ for (const figure of document.querySelectorAll("figure.zooms")) {
     const middle = (view.scrollLeft + view.clientWidth / 2) / inner.clientWidth;
     scale = Math.min(64, Math.max(1, to));
     inner.style.width = `${100 * scale}%`;
+    inner.classList.toggle("close", scale >= 8);
     view.scrollLeft = middle * inner.clientWidth - view.clientWidth / 2;
     said.textContent = scale === 1 ? "whole" : `${scale} times`;
   };
@@ -55,6 +56,15 @@ for (const figure of document.querySelectorAll("figure.zooms")) {
     }
   });
 }
+
+// a box is a stop of the tab key only where there is something to scroll to
+const boxes = [...document.querySelectorAll(".box")];
+const stops = () => boxes.forEach((box) => {
+  if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+  else box.removeAttribute("tabindex");
+});
+window.addEventListener("resize", stops);
+stops();
 
 // on paper nothing can be opened
 const folded = [...document.querySelectorAll("details:not([open])")];

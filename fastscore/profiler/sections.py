@@ -143,7 +143,7 @@ def operations(report: Report) -> str:
         "definition, in millions. For 3&times;3 convolutions by Winograd's filtering the bound "
         "counts the 16 products of 36 that it takes. A dash: nobody knows."
     )
-    found = table("Operations, the longest first", heads, rows, True, last)
+    found = table("Operations by kind and place", heads, rows, True, last)
     return f'{found}<p class="small soft">{note}</p>'
 
 
@@ -170,7 +170,7 @@ def kernels(report: Report) -> str:
         f"{what} MMACs and MB are given where one kernel does a layer's work, or where its "
         "operands tell them."
     )
-    found = table("Kernels, the longest first", heads, rows, True, last)
+    found = table("Kernels by name", heads, rows, True, last)
     return f"<p>{words}</p>{found}"
 
 

@@ -21,7 +21,7 @@ def table(
 
     ``last`` are rows that stay at the end however the others are sorted.
     """
-    head = "".join(_heading(words, i) for i, words in enumerate(heads))
+    head = "".join(_heading(words, i, sorts) for i, words in enumerate(heads))
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     foot = "".join(f"<tr>{''.join(row)}</tr>" for row in last)
     foot = f"<tfoot>{foot}</tfoot>" if foot else ""
@@ -33,16 +33,19 @@ def table(
     )
 
 
+_FIRST = ("Time, ms", "#Gap, ms")
 _WORDS = ("After", "Before", "Phase", "Bound", "")
 
 
-def _heading(words: str, index: int) -> str:
+def _heading(words: str, index: int, sorts: bool) -> str:
     number = words.startswith("#") or (index > 0 and words not in _WORDS)
     kind = "n" if number else ("first" if index == 0 else "")
     shown = text(words.removeprefix("#"))
     if not shown:
         return "<td></td>"
-    return f'<th scope="col" class="{kind}">{shown}</th>'
+    # as the rows come
+    sorted_by = ' aria-sort="descending"' if index < 2 and words in _FIRST and sorts else ""
+    return f'<th scope="col" class="{kind}"{sorted_by}>{shown}</th>'
 
 
 def cell(inside: str, head: bool = False) -> str:
