@@ -114,7 +114,7 @@ def test_autocorrelated_rounds_are_not_taken_for_independent_ones():
     plateaus = [np.repeat(rng.normal(0, 0.03, 10), 8) for _ in range(10)]
     single = [rng.normal(0, 0.03, 80) for _ in range(10)]
     errors = [
-        np.mean([noise._Side(rounds(x, None, 10)).error(0.0, 0.5) for x in series])
+        np.mean([noise._Side(rounds(x, None, 10)).error(0.0, noise._median) for x in series])
         for series in (plateaus, single)
     ]
     assert errors[0] > 2 * errors[1]

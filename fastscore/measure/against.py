@@ -84,7 +84,8 @@ class Worker:
         self._name = name
         # an error file, because a pipe that nobody reads fills up
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        paths = [p for p in sys.path if p and not (Path(p) / "fastscore" / "__init__.py").exists()]
+        # after the worker's own root, which they cannot hide
+        paths = [p for p in sys.path if p]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)

@@ -1,8 +1,8 @@
 """How far a row's time moves between runs of the same code, and what is more than that.
 
 What disturbs a timing adds to it: other work, interrupts, caches that others fill. So two runs are
-compared at the fastest tenth of their rounds, which moves half as much from one process to the next
-as the median does. What is left is of three kinds, and all of them widen the interval:
+compared by the mean of the fastest tenth of their rounds, which moves half as much from one process
+to the next as the median does. What is left is of three kinds, and all of them widen the interval:
 
 - chance within a run: a bootstrap over sittings, because rounds of one sitting resemble each other
   (without sittings, over blocks of consecutive rounds; Kuensch, Ann. Statist. 17, 1989);
@@ -19,16 +19,17 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastscore.measure.results import Rounds
 
-# quantile of the rounds at which runs are compared
+# share of the rounds, the fastest, by whose mean runs are compared
 FAST = 0.1
 # share of the reference's movement that a row follows: mean and deviation over operations
-SHARE, SHARE_SD = 0.6, 0.2
+SHARE, SHARE_SD = 0.45, 0.2
 # deviation of log seconds between processes, beyond what the units of one show; the second where
 # operands were never built anew
 UNSEEN, UNSEEN_ONE_SITTING = 0.008, 0.02
@@ -42,6 +43,8 @@ MOST_SHARED, FEWEST_OTHERS = 0.03, 3
 FALSE, POWER = 0.01, 0.9
 FEWEST_SITTINGS = 4
 BLOCKS, RESAMPLED = 8, 200
+
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -87,26 +90,36 @@ class _Side:
         self.unseen = UNSEEN if seen else UNSEEN_ONE_SITTING
 
     def fast(self) -> tuple[float, float]:
-        """Fast decile of the row and of the reference."""
-        x = 0.0 if self.x is None else float(np.quantile(self.x, FAST))
-        return float(np.quantile(self.y, FAST)), x
+        """The fastest tenth of the row and of the reference."""
+        x = 0.0 if self.x is None else float(fastest(self.x.ravel()))
+        return float(fastest(self.y.ravel())), x
 
     def deviations(self) -> tuple[np.ndarray, np.ndarray]:
         """Medians of the units about theirs, of the row and of the reference, tamed."""
         assert self.x is not None
         return _tamed(np.median(self.y, 1)), _tamed(np.median(self.x, 1))
 
-    def error(self, share: float, quantile: float = FAST) -> float:
-        """Standard error of the quantile, the reference's share taken off: units drawn anew."""
+    def error(self, share: float, of: Statistic | None = None) -> float:
+        """Standard error of a statistic (default: `fastest`) less the share: units drawn anew."""
+        of = of or fastest
         count = len(self.y)
         # seeded: the same files give the same verdict
         drawn = np.random.default_rng(0).integers(count, size=(RESAMPLED, count))
-        found = np.quantile(self.y[drawn].reshape(RESAMPLED, -1), quantile, axis=1)
+        found = of(self.y[drawn].reshape(RESAMPLED, -1))
         if self.x is not None and share:
-            x = np.quantile(self.x[drawn].reshape(RESAMPLED, -1), quantile, axis=1)
-            found = found - share * x
+            found = found - share * of(self.x[drawn].reshape(RESAMPLED, -1))
         # a bootstrap of few units is too narrow by this much
         return float(found.std(ddof=1)) * math.sqrt(count / (count - 1))
+
+
+def fastest(logs: np.ndarray) -> np.ndarray:
+    """Mean over the smallest tenth, at least one, along the last axis."""
+    count = max(1, round(FAST * logs.shape[-1]))
+    return np.partition(logs, count - 1, axis=-1)[..., :count].mean(axis=-1)
+
+
+def _median(logs: np.ndarray) -> np.ndarray:
+    return np.median(logs, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -128,8 +141,7 @@ def changes(pairs: dict[str, tuple[Rounds, Rounds]], false: float = FALSE) -> di
     shifts = {name: _shift(*pair) for name, pair in pairs.items()}
     found = {}
     for name, s in shifts.items():
-        others = [other.middle for key, other in shifts.items() if key != name]
-        shared = _shared(others)
+        shared = _shared([other for key, other in shifts.items() if key != name])
         middle = s.middle - shared
         half = s.deviation * _student(1 - false / (2 * len(shifts)), s.free)
         seen = half + s.deviation * statistics.NormalDist().inv_cdf(POWER)
@@ -150,11 +162,15 @@ def _shift(a: Rounds, b: Rounds) -> _Shift:
     return _Shift(y1 - y0 - part * moved, math.sqrt(variance), free, share, moved)
 
 
-def _shared(others: list[float]) -> float:
+def _shared(others: list[_Shift]) -> float:
     """What the other rows moved together: the machine's, up to a limit."""
     if len(others) < FEWEST_OTHERS:
         return 0.0
-    return max(-MOST_SHARED, min(MOST_SHARED, statistics.median(others)))
+    middle = statistics.median(other.middle for other in others)
+    # the variance of a median; what chance explains is not taken off
+    chance = 1.57 * statistics.median(other.deviation**2 for other in others) / len(others)
+    known = middle**2 / (middle**2 + chance)
+    return max(-MOST_SHARED, min(MOST_SHARED, known * middle))
 
 
 def interval(
@@ -169,7 +185,7 @@ def interval(
     if len(rounds.values) < 2:
         raise ValueError("one round has no interval; measure at least two")
     side = _Side(rounds)
-    deviation = math.hypot(side.error(0.0, 0.5), UNSEEN_MEDIAN)
+    deviation = math.hypot(side.error(0.0, _median), UNSEEN_MEDIAN)
     half = deviation * _student((1 + confidence) / 2, len(side.y) - 1)
     return Interval(middle, middle * math.exp(-half), middle * math.exp(half))
 

@@ -80,6 +80,9 @@ class Verdict:
             "rows": [asdict(row) | {"medians": list(row.medians)} for row in self.rows],
         }
 
+    def __str__(self) -> str:
+        return self.text()
+
     def text(self) -> str:
         """A table, what the runs differ in, and a summary in words."""
         width = max([len(row.name) for row in self.rows], default=3) + 1
@@ -179,7 +182,8 @@ def _obstacle(a: Row | None, b: Row | None) -> str:
     for side, row in (("A", a), ("B", b)):
         if row.status != "ok":
             return f"{row.status} in {side}: {row.reason}"
-    for key in sorted({*a.workload, *b.workload}):
+    # the command names threads and device, which are compared by themselves
+    for key in sorted({*a.workload, *b.workload} - {"command"}):
         first, second = (row.workload.get(key, "nothing") for row in (a, b))
         if first != second:
             return f"another workload: {key} is {first} in A and {second} in B"
