@@ -18,15 +18,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bench_step import arguments, denoiser
-from compare import check_equal, interleaved, ratios
 from torch import Tensor
 
 from fastscore.cost import step_macs
 from fastscore.denoiser import TapDenoiser, scalings, set_precision
 from fastscore.layers import set_backend
+from fastscore.measure.models import MODELS
+from fastscore.measure.subjects import step_arguments
+from fastscore.measure.timing import check_equal, interleaved, ratios
 from fastscore.packed import obstacle, pack
-from fastscore.presets import load_parts
 
 # preset, batch: what a CPU can repeat in some seconds
 WORKLOADS = [("paper", 1), ("digits", 1), ("digits", 8), ("paper", 8)]
@@ -34,11 +34,7 @@ WORKLOADS = [("paper", 1), ("digits", 1), ("digits", 8), ("paper", 8)]
 
 def model(preset: str) -> TapDenoiser:
     """The shipped weights of ``digits``; random ones elsewhere."""
-    if preset != "digits":
-        return denoiser(preset, torch.device("cpu"))
-    parts = load_parts(preset)
-    net = parts.denoiser()
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return MODELS[preset]().eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def by_autograd(net: TapDenoiser, x: Tensor, sigma: Tensor, label: Tensor, gamma: Tensor) -> Tensor:
@@ -65,7 +61,7 @@ def by_autograd(net: TapDenoiser, x: Tensor, sigma: Tensor, label: Tensor, gamma
 
 def implementations(net: TapDenoiser, batch: int) -> dict[str, Callable[[], Tensor]]:
     """Guided steps that must agree, by name, and two unguided ones."""
-    x, sigma, label, gamma = arguments(batch, True, torch.device("cpu"))
+    x, sigma, label, gamma = step_arguments(batch, True, torch.device("cpu"))
     plain = copy.deepcopy(net)
     set_backend(plain, "reference")
     runs = {

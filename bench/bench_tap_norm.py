@@ -4,23 +4,18 @@ pytest bench/bench_tap_norm.py --benchmark-only --threads 2 [--benchmark-json FI
 """
 
 import pytest
-import torch
-from compare import compiled
-from fastscore_kernels import reference, tap_norm, traffic
-from problems import activation, classifier_planes
+
+from fastscore.measure.operations import case
+from fastscore.measure.workloads import Op, suite
+
+OPS = [w for w in suite("ops") if isinstance(w, Op) and w.backend == "eager"]
 
 
-def eager(feature, gradient, groups, *parameters):
-    return reference.tap_norm(feature, gradient, groups, *parameters, 1e-5)
-
-
-@pytest.mark.parametrize("plane", classifier_planes(), ids=str)
-def test_tap_norm(compare, device, kernel, with_compile, plane):
-    feature, gradient = activation(plane, device), 1e-6 * activation(plane, device)
-    rest = [torch.randn(plane.channels, device=device) for _ in range(4)]
-    runs = {"eager": lambda: eager(feature, gradient, plane.groups, *rest)}
-    for name, run in compiled(eager, with_compile).items():
-        runs[name] = lambda run=run: run(feature, gradient, plane.groups, *rest)
-    runs[kernel] = lambda: tap_norm(feature, gradient, plane.groups, *rest, backend=kernel)
-    moved = traffic.tap_norm(plane.batch, plane.channels, plane.positions, feature.element_size())
-    compare(f"tap_norm {plane}", runs, 2e-5, moved)
+@pytest.mark.parametrize("op", [op for op in OPS if op.op == "tap_norm"], ids=lambda op: op.problem)
+def test_tap_norm(compare, device, kernel, with_compile, op):
+    found = case(op, device)
+    runs = {"eager": found.run("eager")}
+    if with_compile:
+        runs["compile"] = found.compiled()
+    runs[kernel] = found.run(kernel)
+    compare(op.problem, runs, found.tolerance, found.traffic)

@@ -1,17 +1,29 @@
 """Options and fixtures of the benchmarks, provenance in every JSON, and their table at the end."""
 
-import os
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
-from compare import Run, check_equal, interleaved, ratios
 from fastscore_kernels import available
 from fastscore_kernels.traffic import Traffic
-from provenance import machine, processor
+
+from fastscore.measure import subjects
+from fastscore.measure.provenance import Watch
+from fastscore.measure.suites import obstacle
+from fastscore.measure.timing import (
+    Run,
+    Stopwatch,
+    check_equal,
+    interleaved,
+    ratios,
+    reference_work,
+)
+from fastscore.measure.workloads import COMPILE, Workload
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
+WATCH = pytest.StashKey[Watch]()
 
 
 def pytest_addoption(parser):
@@ -20,6 +32,7 @@ def pytest_addoption(parser):
     )
     parser.addoption("--threads", type=int, default=1, help="threads of PyTorch's CPU operators")
     parser.addoption("--rounds", type=int, default=31, help="rounds of every comparison")
+    parser.addoption("--only", default="", help="workloads whose names contain this")
     parser.addoption(
         "--no-compile", action="store_true", help="leave torch.compile out: it takes long to start"
     )
@@ -33,24 +46,27 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--{name} {config.getoption(name)} must be 1 or more")
     torch.set_num_threads(config.getoption("--threads"))
     config.stash[ROWS] = []
+    config.stash[WATCH] = Watch(torch.device(config.getoption("--device")))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["fastscore"] = machine(torch.device(config.getoption("--device")))
+    config.stash[WATCH].end()
+    machine_info["fastscore"] = config.stash[WATCH].record
 
 
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if rows:
         _print_table(terminalreporter, rows)
-    load, cores = os.getloadavg()[0], processor()["cores"]
-    if load > cores:
-        terminalreporter.write_line(
-            f"the machine was busy: load {load:.1f} on {cores} cores; these timings mean little"
-        )
+    for sentence in config.stash[WATCH].warnings:
+        terminalreporter.write_line(f"warning: {sentence}")
 
 
 def _print_table(reporter, rows: list[dict[str, Any]]) -> None:
+    _print_groups(reporter, [row for row in rows if "faster" not in row])
+    rows = [row for row in rows if "faster" in row]
+    if not rows:
+        return
     names = ["eager", "compile", *sorted({n for r in rows for n in r["us"]} - {"eager", "compile"})]
     reporter.write_line("")
     reporter.write_line(
@@ -102,28 +118,99 @@ def compare(request, benchmark, device, kernel) -> Callable[..., None]:
         tolerance: float,
         traffic: Traffic | None,
         round_seconds: float = 2e-3,
+        cold: bool = True,
     ) -> None:
         with torch.no_grad():
-            check_equal({name: f() for name, f in runs.items()}, tolerance)
-            if device.type == "cuda":
-                runs = {name: _synchronised(f, device) for name, f in runs.items()}
-            timings = interleaved(runs, request.config.getoption("--rounds"), round_seconds)
+            check = check_equal({name: f() for name, f in runs.items()}, tolerance)
+            timings = interleaved(
+                runs,
+                request.config.getoption("--rounds"),
+                round_seconds,
+                watch=Stopwatch(device, flush=cold),
+                reference=reference_work(device),
+            )
             row = {
                 "problem": problem,
                 "us": {name: 1e6 * t.median for name, t in timings.items()},
                 "faster": ratios(timings, "eager", kernel),
                 "traffic": traffic.describe() if traffic else None,
+                "check": asdict(check),
             }
-            benchmark.extra_info.update(
-                row, seconds={name: t.seconds for name, t in timings.items()}
+            _keep(request, benchmark, row, timings)
+            benchmark.pedantic(
+                _synchronised(runs[kernel], device), rounds=20, warmup_rounds=3, iterations=5
             )
-            request.config.stash[ROWS].append(row)
-            benchmark.pedantic(runs[kernel], rounds=20, warmup_rounds=3, iterations=5)
 
     return run
 
 
+@pytest.fixture
+def measure(request, benchmark, device, with_compile) -> Callable[..., None]:
+    """Check a group of workloads, time those that can run here in turn, and keep the row."""
+
+    def run(workloads: list[Workload]) -> None:
+        part = request.config.getoption("--only")
+        chosen = [w for w in workloads if part in w.name]
+        chosen = [w for w in chosen if with_compile or getattr(w, "mode", "") != COMPILE]
+        reasons = {w.name: obstacle(w, device) for w in chosen}
+        chosen = [w for w in chosen if not reasons[w.name]]
+        if not chosen:
+            pytest.skip("; ".join(sorted(set(reasons.values()))) or f"none is named {part}")
+        with torch.no_grad():
+            expected = {w.problem: subjects.expected(w, device) for w in chosen}
+            built = {w.name: subjects.build(w, device) for w in chosen}
+            checks = {}
+            for w in chosen:
+                against, answer = expected[w.problem]
+                outputs = {against: answer, w.name: built[w.name].answer(built[w.name].run())}
+                checks[w.name] = asdict(check_equal(outputs, subjects.tolerance(w, device)))
+            first = built[chosen[0].name]
+            timings = interleaved(
+                {name: b.run for name, b in built.items()},
+                request.config.getoption("--rounds"),
+                watch=Stopwatch(device, wall=first.wall, flush=first.flush),
+                reference=reference_work(device),
+            )
+            row = {
+                "problem": chosen[0].group,
+                "us": {name: 1e6 * t.median for name, t in timings.items()},
+                "checks": checks,
+                "workloads": {w.name: w.describe() for w in chosen},
+                "skipped": {name: why for name, why in reasons.items() if why},
+            }
+            _keep(request, benchmark, row, timings)
+            benchmark.pedantic(_synchronised(first.run, device), rounds=5, warmup_rounds=1)
+
+    return run
+
+
+def _keep(request, benchmark, row: dict[str, Any], timings: dict[str, Any]) -> None:
+    """Raw samples into the JSON, the row into the table."""
+    benchmark.extra_info.update(
+        row,
+        seconds={name: t.seconds for name, t in timings.items()},
+        reference={name: t.reference for name, t in timings.items()},
+    )
+    request.config.stash[ROWS].append(row)
+    request.config.stash[WATCH].sample(f"after {row['problem']}")
+
+
+def _print_groups(reporter, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        reporter.write_line("")
+        reporter.write_line("milliseconds a call (median of rounds taken in turn)")
+    for row in rows:
+        for name, us in row["us"].items():
+            reporter.write_line(f"{name:64}{us / 1e3:12.3f}")
+        for why in sorted(set(row["skipped"].values())):
+            names = [name for name, reason in row["skipped"].items() if reason == why]
+            reporter.write_line(f"skipped: {', '.join(names)}: {why}")
+
+
 def _synchronised(run: Run, device: torch.device) -> Run:
+    if device.type == "cpu":
+        return run
+
     def wait() -> Any:
         out = run()
         torch.cuda.synchronize(device)

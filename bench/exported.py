@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import interleaved, ratios
-from provenance import machine
 from torch import Tensor
 
 from fastscore import Pipeline
 from fastscore.export import load_exported
 from fastscore.files import write_bytes
+from fastscore.measure.provenance import machine
+from fastscore.measure.timing import interleaved, ratios
 
 PIECES = ("guided", "unguided", "vocoder")
 Pieces = dict[str, Callable[[], Tensor]]

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from contestants import CONTESTANTS, trained_preset
-from provenance import commit, versions
 from tqdm import tqdm
 
 from fastscore.audio import fit_length
 from fastscore.data import load_waves
 from fastscore.files import write_bytes
+from fastscore.measure.provenance import commit, versions
 from fastscore.metrics.measure import Heard, add_dnsmos, listen, measure, split_recordings
 from fastscore.metrics.recogniser import load_recogniser
 from fastscore.pipeline import Pipeline

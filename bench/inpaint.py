@@ -18,7 +18,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import provenance
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from fastscore import Pipeline
 from fastscore.data import load_mels
 from fastscore.files import write_bytes
 from fastscore.inpaint import Inpainting, prefix_mask
+from fastscore.measure import provenance
 from fastscore.noise import NoiseSource
 from fastscore.samplers import SAMPLERS, Guidance, initial_state, schedule_for
 

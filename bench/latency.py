@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import machine
 from tqdm import tqdm
 
 from fastscore import Pipeline
 from fastscore.engine import MODES, Options
 from fastscore.files import write_bytes
+from fastscore.measure.provenance import machine
 from fastscore.stats import Latencies
 
 

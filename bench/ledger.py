@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import commit, processor, versions
 
 from fastscore import Pipeline
 from fastscore.engine import Clips, Engine, Model, Options, Rerun
 from fastscore.files import write_bytes
+from fastscore.measure.provenance import commit, processor, versions
 from fastscore.request import make_request
 
 BATCHES = (1, 3, 8, 64)

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import provenance
 import torch
 from quality_settings import Setting, draw
 
 from fastscore.audio import fit_length
 from fastscore.data import load_waves
 from fastscore.files import write_bytes
+from fastscore.measure import provenance
 from fastscore.metrics.frechet import frechet
 from fastscore.metrics.measure import Heard, listen, split_recordings
 from fastscore.metrics.rates import wilson

@@ -28,11 +28,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from provenance import ROOT, machine
 from tqdm import tqdm
 
 from fastscore import Pipeline
 from fastscore.engine import MODES, Options
+from fastscore.measure.provenance import ROOT, machine
 from fastscore.results import Result
 from fastscore.stats import process_memory
 from fastscore.stream import Stream

@@ -281,14 +281,19 @@ def _end_to_end() -> Iterator[EndToEnd]:
 _TABLES = dict(zip(SUITES, (_ops, _steps, _loops, _vocoders, _end_to_end), strict=True))
 
 
-def suite(name: str) -> tuple[Workload, ...]:
-    """Workloads of a suite, those of a group beside each other; ValueError for an unknown one."""
+def grouped(name: str) -> dict[str, list[Workload]]:
+    """Workloads of a suite by group; ValueError for an unknown one."""
     if name not in _TABLES:
         raise ValueError(f"suite {name!r} is unknown; choose one of {', '.join(SUITES)}")
     found: dict[str, list[Workload]] = {}
     for workload in _TABLES[name]():
         found.setdefault(workload.group, []).append(workload)
-    return tuple(itertools.chain.from_iterable(found.values()))
+    return found
+
+
+def suite(name: str) -> tuple[Workload, ...]:
+    """Workloads of a suite, those of a group beside each other; ValueError for an unknown one."""
+    return tuple(itertools.chain.from_iterable(grouped(name).values()))
 
 
 def chosen(name: str, only: Sequence[str] = ()) -> tuple[Workload, ...]:
