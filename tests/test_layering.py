@@ -145,7 +145,7 @@ fastscore.measure.workloads          |
 fastscore.measure.models             torch .classifier .config .denoiser .layers .packed .presets .subnet .unet .vocoder |
 fastscore.measure.operations         torch kernels kernels.noise kernels.norm_act kernels.reference kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path kernels.traffic .measure.workloads |
 fastscore.measure.subjects           torch .denoiser .engine .engine.compiled .engine.programs .measure.models .measure.operations .measure.workloads .pipeline .presets .samplers .vocoder |
-fastscore.measure.worker             torch kernels .measure.provenance .measure.subjects .measure.timing .measure.workloads |
+fastscore.measure.worker             torch .measure.provenance .measure.subjects .measure.suites .measure.timing .measure.workloads |
 fastscore.measure.against            .measure.results .measure.verdict .measure.workloads .measure.worktree |
 fastscore.measure.costs              torch .denoiser .measure.macs .measure.models .measure.operations .measure.roofline .measure.subjects .measure.work .measure.workloads .vocoder |
 fastscore.measure.tables             .measure.results |
@@ -187,8 +187,8 @@ fastscore.train.recogniser           numpy torch .audio .checkpoint .config .dat
 fastscore.profiler                   |
 fastscore.profiler.phases            |
 fastscore.profiler.words             |
-fastscore.profiler.work              kernels.traffic torch .layers .subnet .unet |
-fastscore.profiler.marks             kernels.cpu torch .classifier .denoiser .layers .pipeline .profiler.phases .profiler.work .subnet .trajectory .unet |
+fastscore.profiler.work              kernels.traffic torch .denoiser .layers .measure.macs .subnet .unet |
+fastscore.profiler.marks             kernels.cpu torch .classifier .denoiser .engine .layers .measure.macs .pipeline .profiler.phases .profiler.work .subnet .trajectory .unet |
 fastscore.profiler.events            .profiler.phases |
 fastscore.profiler.groups            .profiler.events .profiler.phases .profiler.words .profiler.work |
 fastscore.profiler.losses            .measure.roofline .profiler.groups .profiler.words |

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from fastscore.measure.results import Check, Results, Rounds, Row, Time, none, read_results
-from fastscore.measure.verdict import Verdict, compare
+from fastscore.measure.verdict import Verdict, compare, differs
 from fastscore.measure.workloads import chosen
 from fastscore.measure.worktree import Say, checked_out, find_root, uncommitted
 
@@ -222,8 +222,8 @@ class _Run:
         sides = [i for i in (0, 1) if name in self._names[i]]
         found = {i: self._workers[i].ask("row", name=name) for i in sides}
         rounds: dict[int, Rounds] = {}
-        same = len({json.dumps(found[i]["workload"], sort_keys=True) for i in sides}) == 1
-        if len(sides) == 2 and same and all(found[i]["status"] == "ok" for i in sides):
+        both = len(sides) == 2 and all(found[i]["status"] == "ok" for i in sides)
+        if both and not differs(found[0]["workload"], found[1]["workload"]):
             rounds = self._timed(found)
         for i in sides:
             self._results[i].add(_as_row(name, found[i], rounds.get(i)))

@@ -182,16 +182,23 @@ def _obstacle(a: Row | None, b: Row | None) -> str:
     for side, row in (("A", a), ("B", b)):
         if row.status != "ok":
             return f"{row.status} in {side}: {row.reason}"
-    # the command names threads and device, which are compared by themselves
-    for key in sorted({*a.workload, *b.workload} - {"command"}):
-        first, second = (row.workload.get(key, "nothing") for row in (a, b))
-        if first != second:
-            return f"another workload: {key} is {first} in A and {second} in B"
+    if why := differs(a.workload, b.workload):
+        return f"another workload: {why}"
     for side, row in (("A", a), ("B", b)):
         if row.rounds is None:
             return f"not timed in {side}"
         if len(row.rounds.values) < 6:
             return f"{len(row.rounds.values)} rounds in {side}, of 6 that a comparison needs"
+    return ""
+
+
+def differs(a: Plain, b: Plain) -> str:
+    """In what two workloads differ, "" if they are the same."""
+    # the command names threads and device, which are compared by themselves
+    for key in sorted({*a, *b} - {"command"}):
+        first, second = (side.get(key, "nothing") for side in (a, b))
+        if first != second:
+            return f"{key} is {first} in A and {second} in B"
     return ""
 
 

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import torch
-from fastscore_kernels import available
 
 from fastscore.measure import subjects
 from fastscore.measure.provenance import machine
+from fastscore.measure.suites import obstacle, reproduce
 from fastscore.measure.timing import Stopwatch, check_equal, reference_work
 from fastscore.measure.workloads import Workload, chosen
 
@@ -87,8 +87,9 @@ class Server:
         """Build a row and check its answer: ok with seconds of a call and of building, or not."""
         workload = self._rows[name]
         self._workload = self._built = None
-        answer: Plain = {"workload": workload.describe(), "check": None}
-        if why := self._obstacle(workload):
+        described = workload.describe() | {"command": reproduce(workload, self._device)}
+        answer: Plain = {"workload": described, "check": None}
+        if why := obstacle(workload, self._device):
             return answer | {"status": "skipped", "reason": why}
         start = time.perf_counter()
         built = self._build(workload)
@@ -141,14 +142,6 @@ class Server:
     def _watch(self) -> Stopwatch:
         assert self._built is not None
         return Stopwatch(self._device, wall=self._built.wall, flush=self._built.flush)
-
-    def _obstacle(self, workload: Workload) -> str:
-        if self._device.type == "cpu" and (why := workload.only_on_gpu()):
-            return why
-        ours = workload.backend in ("native", "triton")
-        if ours and workload.backend not in available(self._device):
-            return f"the {workload.backend} kernels cannot run here"
-        return ""
 
 
 def _rows(suite: str, pattern: str) -> tuple[Workload, ...]:
