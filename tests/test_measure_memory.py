@@ -181,14 +181,15 @@ def test_a_training_step_by_hand():
         net(x).square().mean().backward()
         optimizer.step()
 
-    found = memory.training(step, [net], [optimizer])
-    assert found["weights"] == found["gradients"] == 4 * 256**2
+    average = [net.weight.detach().clone(), net.weight]
+    found = memory.training(step, [net], [optimizer], averages=average)
+    assert found["weights"] == found["gradients"] == found["averages"] == 4 * 256**2
     # two moments, and the number of steps
     assert found["optimizer_state"] == 2 * 4 * 256**2 + 4
     # at its most while the new gradient is computed: the cotangent of the output, the loss, and
     # the cotangent of that; the old gradient has gone by then and does not count twice
     assert found["tensor_peak"] == 4 * 8 * 256 + 4 + 4
-    assert found["total"] == 4 * 4 * 256**2 + 4 + found["tensor_peak"]
+    assert found["total"] == 5 * 4 * 256**2 + 4 + found["tensor_peak"]
 
 
 @pytest.mark.gpu

@@ -204,12 +204,14 @@ def training(
     modules: Iterable[nn.Module],
     optimizers: Iterable[torch.optim.Optimizer],
     device: str | torch.device = "cpu",
+    averages: Iterable[Tensor] = (),
 ) -> dict[str, Any]:
     """Peak memory of one training step: weights, gradients, optimiser state and what passes by.
 
     ``step()`` is a whole one: forward, backward, update. One runs before, so that the optimisers'
-    state is there. ``total`` is what stays between steps plus the peak above it: activations kept
-    for the backward pass, and gradients where a step begins without them.
+    state is there. ``averages`` are the tensors of copies that the training keeps of its weights.
+    ``total`` is what stays between steps plus the peak above it: activations kept for the backward
+    pass, and gradients where a step begins without them.
     """
     modules, optimizers = list(modules), list(optimizers)
     found = peak(step, device)
@@ -227,6 +229,7 @@ def training(
         "weights": weight_bytes,
         "gradients": _new_bytes(gradients, seen),
         "optimizer_state": _new_bytes(states, seen),
+        "averages": _new_bytes(averages, seen),
     }
     return {**found, **stays, "total": sum(stays.values()) + found["tensor_peak"]}
 
