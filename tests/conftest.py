@@ -14,10 +14,12 @@ from fastscore_kernels import cpu
 from kernel_cases import native_or_skip
 from refusals import refusal
 from small_presets import write_preset
+from small_workloads import SMALL
 from streams import Clock, Drawing, prepare
 from torch import Tensor
 
 from fastscore import Pipeline
+from fastscore.measure.models import MODELS
 from fastscore.stream import Stream
 
 # small tensors gain nothing from a second thread, and the threads' spinning costs the other core;
@@ -48,6 +50,13 @@ def preset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pipe(preset) -> Pipeline:
     return Pipeline.from_pretrained(preset)
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Models "taps" and "pair" to measure."""
+    for name, make in SMALL.items():
+        monkeypatch.setitem(MODELS, name, make)
 
 
 @pytest.fixture

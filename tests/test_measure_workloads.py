@@ -1,0 +1,133 @@
+"""Named workloads: what a name means does not change, and each has a builder and an answer."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from fastscore.measure import operations, subjects, workloads
+from fastscore.measure.models import MODELS, VOCODERS, score_network, size
+from fastscore.measure.timing import WrongAnswerError, check_equal
+from fastscore.measure.workloads import Op, Step, chosen, grouped, suite
+
+CPU = torch.device("cpu")
+
+# a digest of every name with its description. A name must keep its meaning: where one of these
+# changes, give what is new a new name, and only then write down the new digest
+MEANINGS = {
+    "ops": "74f848b3b6ce597d",
+    "step": "525064e85b84d5d2",
+    "loop": "68ad47d1850ea6f6",
+    "vocoder": "2deee0fd7858f1cc",
+    "end-to-end": "26756ee27083abcf",
+}
+
+
+def digest(name: str) -> str:
+    described = {w.name: w.describe() for w in suite(name)}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", workloads.SUITES)
+def test_a_name_keeps_its_meaning(name):
+    assert digest(name) == MEANINGS[name]
+
+
+@pytest.mark.parametrize("name", workloads.SUITES)
+def test_names_are_different_and_say_where_they_belong(name):
+    names = [w.name for w in suite(name)]
+    assert len(set(names)) == len(names)
+    assert all(n.startswith(f"{name}/") for n in names)
+    # plain values, as they come back from a file
+    described = [w.describe() for w in suite(name)]
+    assert json.loads(json.dumps(described)) == described
+
+
+def test_a_model_stands_beside_its_baselines():
+    group = grouped("step")["digits/b8/guided"]
+    assert {w.model for w in group} == set(workloads.TINY)
+    assert {(w.batch, w.guided) for w in group} == {(8, True)}
+    assert {m for w in suite("step") for m in (w.model,)} <= set(MODELS)
+    assert {w.model for w in suite("vocoder")} <= set(VOCODERS)
+
+
+def test_a_cpu_is_not_asked_for_what_only_a_gpu_can():
+    reasons = {w.name: w.only_on_gpu() for w in suite("step")}
+    assert reasons["step/digits/b1/guided/native"] == ""
+    assert reasons["step/digits/b1/guided/native/compile"] == ""
+    assert "GPU" in reasons["step/digits/b1/guided/triton/graphs"]
+    assert "batch 64" in reasons["step/digits/b64/guided/native"]
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        # in full, though others begin like it
+        (["step/digits/b1/guided/native"], ["step/digits/b1/guided/native"]),
+        (["*/b1/unguided/native/bf16", "paper/b8/guided/triton/graphs/bf16"], None),
+    ],
+)
+def test_rows_are_chosen_by_name_by_pattern_or_by_part(only, names):
+    found = [w.name for w in chosen("step", only)]
+    if names is not None:
+        assert found == names
+    else:
+        assert len(found) == 6 + 1
+        assert found == [w.name for w in suite("step") if w.name in found]
+
+
+def test_what_is_unknown_is_named():
+    with pytest.raises(ValueError, match="suite 'stepp' is unknown; choose one of ops, step"):
+        suite("stepp")
+    with pytest.raises(ValueError, match="no row of suite step is named 'step/digits/b3'"):
+        chosen("step", ["step/digits/b3"])
+
+
+def tiny(name: str) -> Op:
+    fused = {"fused": 8, "heads": 2} if name in ("tap_fuse", "tap_path") else {}
+    return Op(1, "eager", name, 8, 4, 4, 4, **fused)
+
+
+@pytest.mark.parametrize("name", list(operations._CASES))
+@torch.no_grad()
+def test_every_operation_has_a_case_whose_answers_agree(name, backend):
+    case = operations.case(tiny(name), CPU)
+    check = check_equal(
+        {"eager": case.run("eager")(), backend: case.run(backend)()}, case.tolerance
+    )
+    assert check.error <= check.limit
+    # operands built anew are the same
+    again = operations.case(tiny(name), CPU)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(case.arguments, again.arguments, strict=True)
+        if isinstance(a, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("model", ["taps", "pair"])
+@pytest.mark.parametrize("guided", [False, True])
+@torch.no_grad()
+def test_a_step_is_checked_against_other_code(small, model, guided):
+    step = Step(2, "reference", model, guided=guided)
+    against, answer = subjects.expected(step, CPU)
+    assert against == ("the reference in another batch" if (model, guided) == ("pair", False)
+                       else "autograd")  # fmt: skip
+    built = subjects.build(step, CPU)
+    tolerance = subjects.tolerance(step, CPU)
+    assert check_equal({against: answer, "it": built.run()}, tolerance).limit > 0
+    # a wrong strength is a wrong answer
+    if guided:
+        net = built.modules[0]
+        x, sigma, label, gamma = subjects.step_arguments(2, True, CPU, net.shape)
+        with pytest.raises(WrongAnswerError):
+            check_equal({against: answer, "it": net(x, sigma, label, 1.1 * gamma)}, tolerance)
+
+
+def test_sizes_tell_what_is_trained(small):
+    for model in ("taps", "pair"):
+        net = MODELS[model]()
+        found = size(net)
+        assert found["trainable"] == sum(p.numel() for p in score_network(net).parameters())
+        assert found["parameters"] > found["trainable"]
