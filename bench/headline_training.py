@@ -94,7 +94,8 @@ def training_memory(contestant: str, size: str, device: str) -> dict[str, Any]:
     """Peak of a step of 32 clips: weights, optimiser state, gradients, activations, in bytes."""
     one = Training(contestant, size, device)
     optimizers = list(one.stepper._optimizers.values())
-    return memory.training(one, one.modules, optimizers, device)
+    averages = [t for ema in one.stepper._emas.values() for t in ema.average.values()]
+    return memory.training(one, one.modules, optimizers, device, averages)
 
 
 def step_times(size: str, device: str, rounds: int | None) -> dict[str, Any]:

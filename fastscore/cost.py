@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastscore.denoiser import Denoiser
 from fastscore.layers import set_backend
+
+M = TypeVar("M", bound=nn.Module)
 
 # Makarov and Gerkmann 2026 (arXiv 2606.20457): a step at 80 x 64, and millions of parameters
 PUBLISHED = {"unguided": 12.07e9, "guided": 16.44e9, "trainable": 4.4e6, "total": 12.3e6}
@@ -21,8 +24,8 @@ def parameters(module: nn.Module) -> int:
 
 def tap_shapes(denoiser: Denoiser) -> dict[str, tuple[int, int, int]]:
     """Shape (channels, height, width) of every tap by name; gradient taps have the same."""
-    model = _meta(denoiser)
-    x, sigma = _inputs(model, 1)
+    model = on_meta(denoiser)
+    x, sigma = inputs(model, 1)
     emb = model.classifier.embed(sigma)
     _, taps = model.classifier.upper(model.classifier.lower(x, emb), emb)
     names = model.classifier.config.tap_names
@@ -39,8 +42,8 @@ def step_macs(denoiser: Denoiser, batch: int = 1) -> dict[str, int]:
     # imported here: it brings parts of the compiler that sampling does not need
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = _meta(denoiser)
-    x, sigma = _inputs(model, batch)
+    model = on_meta(denoiser)
+    x, sigma = inputs(model, batch)
     label = torch.zeros(batch, dtype=torch.int64, device="meta")
     found = {}
     for name, guidance in (("unguided", (None, None)), ("guided", (label, sigma))):
@@ -52,13 +55,15 @@ def step_macs(denoiser: Denoiser, batch: int = 1) -> dict[str, int]:
     return found
 
 
-def _meta(denoiser: Denoiser) -> Denoiser:
-    model = copy.deepcopy(denoiser).to("meta")
+def on_meta(module: M) -> M:
+    """A copy of ``module`` that has shapes and no values, with the fused operations undone."""
+    model = copy.deepcopy(module).to("meta")
     # nothing is computed there, whatever the model's own backend is
     set_backend(model, None)
     return model
 
 
-def _inputs(denoiser: Denoiser, batch: int) -> tuple[Tensor, Tensor]:
+def inputs(denoiser: Denoiser, batch: int) -> tuple[Tensor, Tensor]:
+    """x and sigma of a step on the meta device."""
     x = torch.empty(batch, 1, *denoiser.shape, device="meta")
     return x, torch.ones(batch, device="meta")

@@ -138,9 +138,9 @@ fastscore.measure.provenance         torch .measure.nvml |
 fastscore.measure.memory             torch | pynvml
 fastscore.measure.traces             |
 fastscore.measure.energy             torch .measure.traces | pynvml
-fastscore.measure.macs               torch .denoiser .layers |
+fastscore.measure.macs               torch .cost .denoiser |
 fastscore.measure.roofline           torch .devices |
-fastscore.measure.work               torch .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels.traffic |
+fastscore.measure.work               torch .cost .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels.traffic |
 fastscore.measure.workloads          |
 fastscore.measure.models             torch .classifier .config .denoiser .layers .packed .presets .subnet .unet .vocoder |
 fastscore.measure.operations         torch kernels kernels.noise kernels.norm_act kernels.reference kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path kernels.traffic .measure.workloads |

@@ -8,7 +8,7 @@ from small_models import SPACE, small_classifier, small_denoiser
 from torch import nn
 
 from fastscore.config import SigmaRange, UNetConfig
-from fastscore.cost import step_macs
+from fastscore.cost import on_meta, step_macs
 from fastscore.denoiser import GuidedUNet, set_precision
 from fastscore.layers import Conv2d, Linear, ResBlock
 from fastscore.measure import macs, work
@@ -79,7 +79,7 @@ def test_the_vjp_of_a_linear_layer():
 
 
 def test_a_residual_block_and_its_vjp():
-    block = macs.on_meta(ResBlock(8, 4, 16))
+    block = on_meta(ResBlock(8, 4, 16))
     x, emb = torch.zeros(1, 8, 6, 4, device="meta"), torch.zeros(1, 16, device="meta")
 
     def run() -> None:

@@ -44,13 +44,22 @@ class TestRecord:
     def test_energy_is_counted_across_a_wrap_or_stated_as_unknown(self, tmp_path):
         with pytest.raises(OSError, match="no RAPL counter"):
             _rapl_readers(tmp_path)
-        for name in ("intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"):
+        zones = {
+            "intel-rapl:0": "package-0",
+            "intel-rapl:0:0": "core",
+            "intel-rapl:1": "package-1",
+            "intel-rapl:2": "psys",
+        }
+        for name, what in zones.items():
             (tmp_path / name).mkdir()
+            (tmp_path / name / "name").write_text(f"{what}\n")
             (tmp_path / name / "energy_uj").write_text("9000000\n")
             (tmp_path / name / "max_energy_range_uj").write_text("10000000\n")
         counter = EnergyCounter([torch.device("cpu")], tmp_path)
         (tmp_path / "intel-rapl:0" / "energy_uj").write_text("9500000\n")
         (tmp_path / "intel-rapl:1" / "energy_uj").write_text("500000\n")
+        # it holds the packages: counted with them it would count them twice
+        (tmp_path / "intel-rapl:2" / "energy_uj").write_text("9900000\n")
         counter.poll()
         assert counter.joules == pytest.approx(0.5 + 1.5)
         assert counter.source == "RAPL package counters"

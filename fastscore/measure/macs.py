@@ -11,7 +11,6 @@ forward pass while that layer, or one around it, runs its forward.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore.cost import inputs, on_meta
 from fastscore.denoiser import Denoiser
-from fastscore.layers import set_backend
 
 FORWARD, VJP = "forward", "vjp"
 # parts of a step: the classifier's forward pass, both of its VJPs, and the score network
@@ -208,17 +207,3 @@ class _Ledger:
 def _memory(t: Tensor) -> int:
     """What a tensor and its views have in common."""
     return t.untyped_storage()._cdata
-
-
-def on_meta(module: nn.Module) -> Any:
-    """A copy of ``module`` that has shapes and no values, with the fused operations undone."""
-    model = copy.deepcopy(module).to("meta")
-    # nothing is computed there, whatever the model's own backend is
-    set_backend(model, None)
-    return model
-
-
-def inputs(denoiser: Denoiser, batch: int) -> tuple[Tensor, Tensor]:
-    """x and sigma of a step on the meta device."""
-    x = torch.empty(batch, 1, *denoiser.shape, device="meta")
-    return x, torch.ones(batch, device="meta")

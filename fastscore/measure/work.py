@@ -18,6 +18,7 @@ import torch
 from fastscore_kernels import traffic
 from torch import Tensor, nn
 
+from fastscore.cost import inputs, on_meta
 from fastscore.denoiser import Denoiser
 from fastscore.layers import NormAct, Pull
 from fastscore.measure import macs
@@ -110,8 +111,8 @@ def step(denoiser: Denoiser, batch: int = 1, guided: bool = True, tf32: bool = F
     """
     if guided and denoiser.classifier is None:
         raise ValueError("a step without a classifier cannot be guided; count it with guided=False")
-    model = macs.on_meta(denoiser)
-    x, sigma = macs.inputs(model, batch)
+    model = on_meta(denoiser)
+    x, sigma = inputs(model, batch)
     label = torch.zeros(batch, dtype=torch.int64, device="meta")
     walk = _Walk(model, tf32)
     with walk.following():

@@ -158,7 +158,12 @@ def _nvml_readers(devices: list[torch.device]) -> list[tuple[Callable[[], float]
 
 def _rapl_readers(root: Path) -> list[tuple[Callable[[], float], float]]:
     # intel-rapl:N are packages (also on AMD); intel-rapl:N:M are parts of them
-    zones = [z for z in sorted(root.glob("intel-rapl:*")) if z.name.count(":") == 1]
+    zones = [
+        z
+        for z in sorted(root.glob("intel-rapl:*"))
+        # psys, on laptops, holds the packages and more
+        if z.name.count(":") == 1 and (z / "name").read_text().startswith("package")
+    ]
     if not zones:
         raise OSError("no GPU and no RAPL counter on this machine")
 
