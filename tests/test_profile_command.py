@@ -47,15 +47,27 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(preset, tmp_path_factory):
-    """Page and trace of a small preset."""
+    """Page and trace of a small preset, and the report that the page shows."""
     folder = tmp_path_factory.mktemp("profile")
+    make, made = page.to_html, []
+
+    def keep(report):
+        made.append(report)
+        return make(report)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "peaks", lambda device: PEAKS)
+        patch.setattr(page, "to_html", keep)
         arguments = ["profile", "--preset", preset, "--label", "no", "--nfe", "3", "--rounds", "1"]
         out = folder / "report.html"
         assert cli.main([*map(str, arguments), "--quiet", "--out", str(out)]) == 0
     assert everything(folder) == ["report.html", "report.trace.json.gz"]
-    return out.read_text(encoding="utf-8"), folder / "report.trace.json.gz"
+    return out.read_text(encoding="utf-8"), folder / "report.trace.json.gz", made[0]
+
+
+@pytest.fixture(scope="module")
+def report(written):
+    return written[2]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +77,7 @@ def parsed(written):
 
 class TestPage:
     def test_it_needs_nothing_but_itself(self, written, parsed):
-        text, _ = written
+        text = written[0]
         assert len(text.encode()) < page.LIMIT / 20
         loaded = [a.get("src") or a.get("href") for _, a in parsed.attributes]
         assert {url[0] for url in loaded if url} <= {"#", "d"}
@@ -106,13 +118,10 @@ class TestPage:
         assert {"phase: both VJPs", "phase: vocoder"} <= names
         assert "traceName" not in raw
 
-    def test_a_page_that_grew_too_large_is_refused(
-        self, monkeypatch, written, preset, here, refused
-    ):
-        monkeypatch.setattr(roofline, "peaks", lambda device: PEAKS)
+    def test_a_page_that_grew_too_large_is_refused(self, report, monkeypatch):
         monkeypatch.setattr(page, "LIMIT", 1000)
-        assert "fewer evaluations" in refused("profile", "--preset", preset, "--nfe", 2, "--quiet")
-        assert everything(here) == []
+        with pytest.raises(ValueError, match="fewer evaluations"):
+            page.to_html(report)
 
 
 class TestRefusals:

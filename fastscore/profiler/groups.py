@@ -157,6 +157,8 @@ _PARTS = {"subnet": "ScoreSubnet", "unet": "the U-Net", "classifier": "the class
 
 
 def _layer_group(work: Work) -> Group:
+    if work.kind == "program":
+        return Group(f"the denoiser as one program, {work.direction}", family="the denoiser")
     part = _PARTS.get(work.part, f"the {work.part}")
     back = ", pulled back" if work.direction == "pull-back" else ""
     size = f" at {work.size}" if work.size else ""

@@ -18,7 +18,9 @@ from torch.profiler import record_function
 import fastscore.trajectory as trajectory
 from fastscore.classifier import Classifier
 from fastscore.denoiser import GuidedUNet, TapDenoiser
+from fastscore.engine import Task
 from fastscore.layers import Conv2d, Linear, NormAct
+from fastscore.measure import macs
 from fastscore.pipeline import Pipeline
 from fastscore.profiler.phases import (
     BOTH,
@@ -37,7 +39,7 @@ from fastscore.profiler.phases import (
     VOCODER,
     WHOLE,
 )
-from fastscore.profiler.work import Work, layer_work, solver_work
+from fastscore.profiler.work import Work, layer_work, program_work, solver_work
 from fastscore.subnet import TapFusion
 from fastscore.unet import SelfAttention
 
@@ -77,6 +79,7 @@ class Marks:
         self.ledger = Ledger()
         self._stack = contextlib.ExitStack()
         self._shapes: dict[tuple, tuple[int, ...]] = {}
+        self._counts: dict[str, macs.Count] | None = None
 
     @contextlib.contextmanager
     def on(self, pipeline: Pipeline) -> Iterator[None]:
@@ -100,8 +103,7 @@ class Marks:
         self._native()
         if engine.options.mode != "eager":
             # inside a compiled or recorded program a mark would be part of another program
-            if engine._compiled is not None:
-                self._evaluation(engine._compiled, WHOLE)
+            self._programs(pipeline)
             return
         self._wrap(trajectory, "solver_step", self._solver_step)
         denoiser = pipeline.denoiser
@@ -145,6 +147,42 @@ class Marks:
             return parts
 
         self._wrap(owner, "parts", make)
+
+    def _programs(self, pipeline: Pipeline) -> None:
+        """Marks around what runs as one program: an evaluation, or a graph of a trajectory."""
+        denoiser, compiled = pipeline.denoiser, pipeline.engine._compiled
+        if self._counts is None:
+            self._counts = macs.step(denoiser)
+
+        def mark(guided: int, unguided: int, rows: int) -> Any:
+            work = program_work(denoiser, self._counts, guided, unguided, rows)
+            self.ledger[work.name] = work
+            return _Mark(work.name)
+
+        def evaluation(call: Callable) -> Callable:
+            def parts(x: Tensor, sigma: Tensor, label: Any = None, gamma: Any = None) -> Any:
+                guided = label is not None
+                with mark(guided, not guided, len(x)):
+                    return call(x, sigma, label, gamma)
+
+            return parts
+
+        def graph(call: Callable) -> Callable:
+            def draw(task: Task, batch: Any, guided: bool, watch: Any) -> Any:
+                route = task.course(guided)
+                if route is None or watch is not None:
+                    return call(task, batch, guided, watch)
+                often = sum(kind.guided for kind in route.kinds)
+                with mark(often, len(route.kinds) - often, len(batch["seeds"])):
+                    return call(task, batch, guided, watch)
+
+            return draw
+
+        if compiled is None:
+            self._wrap(pipeline.engine._runner, "draw", graph)
+        else:
+            self._wrap(compiled, "parts", evaluation)
+            self._evaluation(compiled, WHOLE)
 
     def _classifier(self, denoiser: nn.Module, classifier: Classifier) -> None:
         if not isinstance(classifier, Classifier):

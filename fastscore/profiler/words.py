@@ -23,6 +23,7 @@ _OURS = {
 _OPERATORS = {
     "mkldnn::_convolution_pointwise": "convolution (oneDNN)",
     "mkldnn::_convolution_transpose_pointwise": "convolution pulled back (oneDNN)",
+    "aten::convolution": "convolution",
     "aten::conv2d": "2D convolution",
     "aten::conv_transpose2d": "2D convolution pulled back",
     "aten::conv1d": "1D convolution",
@@ -61,6 +62,8 @@ _CURVES = (
     *("silu", "gelu", "exp", "log", "sin", "cos", "sqrt", "rsqrt", "square", "pow", "clamp"),
     *("clamp_min", "floor", "reciprocal", "abs", "sigmoid", "tanh"),
 )
+# what PyTorch's compiler does before it runs what it compiled
+_COMPILER = ("TorchDynamo", "Torch-Compiled Region", "Pregraph")
 _FRESH = ("empty", "empty_like", "empty_strided", "zeros", "ones", "full", "arange", "new_empty")
 _VIEWS = (
     *("view", "reshape", "expand", "expand_as", "slice", "select", "unsqueeze", "squeeze", "t"),
@@ -98,7 +101,9 @@ def plain(name: str) -> str:
 
 
 def trivial(name: str) -> bool:
-    """Whether an operator computes nothing: it makes room or a view."""
+    """Whether an operator computes nothing: it makes room or a view, or finds a program."""
+    if name.startswith(_COMPILER):
+        return True
     word = name.partition("::")[2].rstrip("_")
     return name.startswith("aten::") and word in (*_FRESH, *_VIEWS)
 

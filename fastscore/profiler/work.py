@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from fastscore_kernels import traffic
 from torch import Tensor, nn
 
+from fastscore.denoiser import Denoiser
 from fastscore.layers import NormAct
+from fastscore.measure.macs import Count
 from fastscore.subnet import TapFusion
 from fastscore.unet import SelfAttention
 
@@ -67,6 +69,22 @@ def solver_work(x: Tensor, raw: Tensor | None, guided: bool) -> Work:
     return Work(
         *("solver step", "solver", "solver.step", direction, _extent(x.shape), len(x), 0),
         *(moved, "fp32"),
+    )
+
+
+def program_work(
+    denoiser: Denoiser, counts: Mapping[str, Count], guided: int, unguided: int, rows: int
+) -> Work:
+    """Work of evaluations of ``rows`` samples that run as one program; ``counts`` of one sample."""
+    macs = sum(counts[k].total * n for k, n in (("guided", guided), ("unguided", unguided)) if n)
+    times = guided + unguided
+    direction = "guided" if not unguided else ("unguided" if not guided else f"{times} evaluations")
+    sample = math.prod(denoiser.shape) * 4
+    moved = times * (_size_of(denoiser) + 2 * rows * sample)
+    dtype = next((p.dtype for p in denoiser.parameters() if p.ndim == 4), torch.float32)
+    return Work(
+        *("program", "denoiser", "denoiser", direction, "", rows, macs * rows, moved),
+        _TYPES.get(dtype, str(dtype)),
     )
 
 
