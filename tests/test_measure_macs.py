@@ -1,5 +1,6 @@
 """Multiply-accumulates and bytes against sums by hand."""
 
+import copy
 import json
 
 import pytest
@@ -142,7 +143,7 @@ class _Wrapped(nn.Module):
         self.embed, self.lower, self.upper = inner.embed, inner.lower, inner.upper
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
-        return _Wrapped(macs.copy.deepcopy(self.inner, memo))
+        return _Wrapped(copy.deepcopy(self.inner, memo))
 
 
 def test_the_usual_pair(steps):
