@@ -11,7 +11,7 @@ from fastscore import Pipeline, cost, trajectory
 from fastscore.config import SigmaRange, UNetConfig
 from fastscore.denoiser import GuidedUNet
 from fastscore.engine import Engine, Options, Rerun
-from fastscore.measure import macs
+from fastscore.measure import macs, work
 from fastscore.profiler import groups, phases
 from fastscore.profiler.collect import record
 from fastscore.profiler.marks import Marks
@@ -113,11 +113,20 @@ class TestPhases:
         assert sum(span.us for span in lanes) == pytest.approx(recording.trace.us, rel=0.01)
 
 
+def calls(recording, evaluation=None):
+    """Work of all calls of the denoiser's layers, or of those in one evaluation."""
+    found = {
+        (i.layer, i.call)
+        for i in recording.trace.items
+        if i.layer in recording.ledger and evaluation in (None, i.evaluation)
+    }
+    works = (recording.ledger[name] for name, _ in found)
+    return [one for one in works if one.part not in ("vocoder", "solver")]
+
+
 def counted(recording):
-    """Multiply-accumulates of all layers' calls, the vocoder's apart."""
-    calls = {(i.layer, i.call) for i in recording.trace.items if i.layer in recording.ledger}
-    works = (recording.ledger[name] for name, _ in calls)
-    return sum(work.macs for work in works if work.part != "vocoder")
+    """Multiply-accumulates of all of them."""
+    return sum(one.macs for one in calls(recording))
 
 
 def test_a_graph_is_one_program_with_all_of_its_work(preset):
@@ -130,8 +139,8 @@ def test_a_graph_is_one_program_with_all_of_its_work(preset):
     assert found.after["replays"] - found.before["replays"] >= 2
     assert found.after["recorded"] == 1
     counts = macs.step(pipe.denoiser)
-    (work,) = (w for w in found.ledger.values() if w.kind == "program")
-    assert work.macs == 2 * counts["unguided"].total + counts["guided"].total
+    (program,) = (w for w in found.ledger.values() if w.kind == "program")
+    assert program.macs == 2 * counts["unguided"].total + counts["guided"].total
 
 
 class TestWork:
@@ -141,12 +150,19 @@ class TestWork:
         expected = sum(steps["guided" if one else "unguided"] for one in guided)
         assert counted(recording) == expected
 
+    def test_layers_move_what_the_operations_of_a_step_move(self, pipe, recording):
+        for index, guided in ((0, False), (1, True)):
+            found = calls(recording, index)
+            expected = work.step(pipe.denoiser, 2, guided)
+            assert sum(one.bytes for one in found) == expected.moved
+            assert sum(one.macs for one in found) == expected.macs
+
     def test_bytes_of_a_convolution(self, recording):
-        work = next(w for w in recording.ledger.values() if w.path == "classifier.stem")
+        one = next(w for w in recording.ledger.values() if w.path == "classifier.stem")
         # two samples of 4 patches of 8 x 12 onto 8 channels; a weight of 8 x 4 x 3 x 3 and a bias
-        assert work.direction == "forward"
-        assert work.macs == 2 * 8 * 12 * 8 * 4 * 9
-        assert work.bytes == 4 * (2 * 96 * (4 + 8) + 8 * 4 * 9 + 8)
+        assert one.direction == "forward"
+        assert one.macs == 2 * 8 * 12 * 8 * 4 * 9
+        assert one.bytes == 4 * (2 * 96 * (4 + 8) + 8 * 4 * 9 + 8)
 
     def test_every_operation_is_counted_once(self, recording):
         items = recording.trace.items

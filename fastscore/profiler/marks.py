@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class Ledger(dict[str, Work]):
 
     def __init__(self) -> None:
         super().__init__()
+        # whether a GPU computes products of fp32 numbers in it
+        self.tf32 = False
         self._names: dict[tuple, str] = {}
 
     def layer(
@@ -63,6 +66,8 @@ class Ledger(dict[str, Work]):
         name = self._names.get(key)
         if name is None:
             work = layer_work(module, path, direction, x, y, like)
+            if self.tf32 and work.macs and work.dtype == "fp32":
+                work = replace(work, dtype="tf32")
             name = self._names[key] = work.name
             self[name] = work
         return name
@@ -97,6 +102,7 @@ class Marks:
     def _put(self, pipeline: Pipeline) -> None:
         """Mark phases, and layers where the denoiser runs layer by layer."""
         engine = pipeline.engine
+        self.ledger.tf32 = pipeline.precision == "tf32"
         self._phase(engine._runner, "draw", SOLVER)
         self._phase(engine._runner, "finish", VOCODER)
         self._layers(pipeline.vocoder, "vocoder")

@@ -125,7 +125,13 @@ def _cost(
 ) -> tuple[int, int]:
     """Multiply-accumulates and bytes of ``rows`` samples or cotangents."""
     taken, given = math.prod(x[1:]) * rows, math.prod(y[1:]) * rows
-    weights = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+    # a pull-back reads no bias
+    read = [
+        p
+        for name, p in module.named_parameters(recurse=False)
+        if direction == "forward" or name != "bias"
+    ]
+    weights = sum(p.numel() * p.element_size() for p in read)
     plain = (taken + given) * itemsize + weights
     if isinstance(module, nn.Conv2d | nn.Conv1d):
         taps = math.prod(module.kernel_size) * module.in_channels // module.groups
@@ -142,7 +148,9 @@ def _cost(
         # the cotangent in and out, and each sample's input once however many cotangents it has
         return 0, (2 * given + math.prod(x)) * itemsize
     if isinstance(module, TapFusion):
-        return _fusion_macs(module, x, rows), (2 * taken + given) * itemsize + _size_of(module)
+        # the gradient's log RMS is fp32
+        moved = (2 * taken + given) * itemsize + 4 * rows + _size_of(module)
+        return _fusion_macs(module, x, rows), moved
     if isinstance(module, SelfAttention):
         positions = math.prod(x[2:])
         # its projections are layers of their own
