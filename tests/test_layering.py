@@ -130,7 +130,8 @@ fastscore.export                     .export.onnx .export.pt2 .export.runtime |
 fastscore.measure                    |
 fastscore.measure.results            .files |
 fastscore.measure.noise              numpy .measure.results |
-fastscore.measure.verdict            .measure.noise .measure.results |
+fastscore.measure.sides              .measure.results |
+fastscore.measure.verdict            .measure.noise .measure.results .measure.sides |
 fastscore.measure.worktree           |
 fastscore.measure.timing             torch .devices .measure.results |
 fastscore.measure.nvml               torch | pynvml
@@ -144,7 +145,7 @@ fastscore.measure.work               torch .cost .denoiser .layers .measure.macs
 fastscore.measure.workloads          |
 fastscore.measure.models             torch .classifier .config .denoiser .layers .packed .presets .subnet .unet .vocoder |
 fastscore.measure.operations         torch kernels kernels.noise kernels.norm_act kernels.reference kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path kernels.traffic .measure.workloads |
-fastscore.measure.subjects           torch .denoiser .engine .engine.compiled .engine.programs .measure.models .measure.operations .measure.workloads .pipeline .presets .samplers .vocoder |
+fastscore.measure.subjects           torch .denoiser .devices .engine .engine.compiled .engine.programs .measure.models .measure.operations .measure.workloads .pipeline .presets .samplers .vocoder |
 fastscore.measure.worker             torch .measure.provenance .measure.subjects .measure.suites .measure.timing .measure.workloads |
 fastscore.measure.against            .measure.results .measure.verdict .measure.workloads .measure.worktree |
 fastscore.measure.costs              torch .denoiser .measure.macs .measure.models .measure.operations .measure.roofline .measure.subjects .measure.work .measure.workloads .vocoder |
@@ -205,7 +206,7 @@ fastscore.commands.classify          .commands.common |
 fastscore.commands.evaluate          .commands.common | .metrics.evaluate
 fastscore.commands.export            .commands.common | .engine .export .export.pipeline .export.runtime
 fastscore.commands.info              .commands.common | torch .classifier .config .cost .denoiser .pipeline .presets .subnet
-fastscore.commands.profile           .commands.common | .files .measure.macs .measure.memory .measure.provenance .measure.roofline .pipeline .profiler.collect .profiler.page .profiler.report .profiler.words .stats torch
+fastscore.commands.profile           .commands.common | .files .measure.macs .measure.memory .measure.provenance .measure.roofline .pipeline .profiler.collect .profiler.page .profiler.report .profiler.words .request .stats torch
 fastscore.commands.sample            .commands.common .commands.export | .pipeline .results
 fastscore.commands.vocode            .commands.common | .audio .devices .hearing .presets .results .vocoder
 fastscore.commands.train             | torch .checkpoint .config .data .folders .metrics.recogniser .presets .train.classifier .train.denoising .train.loop .train.mels .train.recogniser .train.score .train.task .train.unet .train.vocoder

@@ -109,7 +109,7 @@ class TestPage:
         for words in ("Under the profiler the run took", "nothing scaled", "in one batched pass"):
             assert words in text
         for phase in ("classifier forward", "both VJPs", "class VJP", "taps", "subnet", "vocoder"):
-            assert f"</span>{phase}</th>" in text
+            assert f"</i>{phase}</th>" in text
         assert "fastscore profile --preset FOLDER --label no --batch 1 --nfe 3" in text
 
     def test_the_trace_beside_it_opens(self, written):

@@ -91,8 +91,10 @@ def _profile(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
     pipeline = load_pipeline(args, args.batch)
     label = None if args.unguided else _label(args.label, pipeline)
     from fastscore.measure import roofline
+    from fastscore.measure.provenance import Watch
     from fastscore.profiler.collect import record
 
+    watch = Watch(pipeline.device)
     found = record(
         pipeline,
         [label] * args.batch,
@@ -104,7 +106,8 @@ def _profile(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
     )
     tell("measuring what this machine can do")
     peaks = roofline.peaks(pipeline.device)
-    return _report(args, pipeline, label, found, peaks), found.raw
+    watch.end()
+    return _report(args, pipeline, label, found, peaks, watch), found.raw
 
 
 def _label(asked: str | None, pipeline: Pipeline) -> str | None:
@@ -114,17 +117,20 @@ def _label(asked: str | None, pipeline: Pipeline) -> str | None:
 
 
 def _report(
-    args: argparse.Namespace, pipeline: Pipeline, label: str | None, found: Recording, peaks: Any
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    label: str | None,
+    found: Recording,
+    peaks: Any,
+    watch: Any,
 ) -> Report:
-    from fastscore.measure import macs, memory, provenance
+    from fastscore.measure import macs, memory
     from fastscore.profiler import report
     from fastscore.stats import process_memory
 
-    guided = sum(1 for span in found.trace.evaluations if span.name.endswith(" guided"))
-    nfe = found.result.nfe
+    nfe, guided = found.result.nfe, _guided(args, pipeline, label, found)
     counts = macs.step(pipeline.denoiser)
-    known = len(found.trace.evaluations) == nfe
-    modules, parts = _macs(counts, guided, nfe) if known else ({}, {})
+    modules, parts = _macs(counts, guided, nfe)
     facts = report.Facts(
         command=shlex.join(["fastscore", *_arguments(args)]),
         preset=pipeline.name,
@@ -150,12 +156,35 @@ def _report(
         engine=_engine(pipeline, found),
         provenance={
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            **provenance.machine(pipeline.device),
+            **watch.record,
         },
         weights=memory.weights(pipeline.denoiser, pipeline.vocoder)["total"],
         resident=process_memory(pipeline.device).rss_peak,
-        notes=_notes(pipeline),
+        notes=[*_notes(pipeline), *map(_sentence, watch.warnings)],
     )
+
+
+def _guided(
+    args: argparse.Namespace, pipeline: Pipeline, label: str | None, found: Recording
+) -> int:
+    """Guided ones of a clip's evaluations: by their marks or, within a graph, by the plan."""
+    marks = found.trace.evaluations
+    if marks:
+        share = sum(1 for span in marks if span.name.endswith(" guided")) / len(marks)
+        return round(share * found.result.nfe)
+    from fastscore.request import make_request
+
+    asked = make_request(
+        *(pipeline.defaults, pipeline.denoiser.sigma_range, pipeline.labels),
+        labels=label,
+        batch_size=1,
+        nfe=args.nfe,
+        sampler=args.sampler,
+    )
+    route = asked.task.course(label is not None)
+    if route is None:
+        return found.result.nfe if label is not None else 0
+    return sum(kind.guided for kind in route.kinds)
 
 
 def _macs(counts: dict[str, Any], guided: int, nfe: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -206,6 +235,10 @@ def _notes(pipeline: Pipeline) -> list[str]:
             "layers are not told apart, since no Python runs between them."
         ]
     return []
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _arguments(args: argparse.Namespace) -> list[str]:

@@ -27,7 +27,7 @@ from fastscore.profiler.phases import (
     WHOLE,
 )
 from fastscore.profiler.report import Report
-from fastscore.profiler.tables import bar, cell, code, number, pairs, table, text, time
+from fastscore.profiler.tables import bar, cell, code, key, number, pairs, table, text, time
 from fastscore.profiler.words import DASH, megabytes, milliseconds, percent
 from fastscore.profiler.words import operations as macs_words
 
@@ -72,25 +72,33 @@ def _rest(sentence: str, what: str) -> str:
 def phases(report: Report) -> str:
     """A bar of shares and the table of phases."""
     colour = colours(report)
-    key = (lambda p: p.busy) if report.on_device else (lambda p: p.wall)
-    shown = [p for p in report.phases if key(p) > 0]
-    total = sum(key(p) for p in shown)
-    words = "Shares of the run: " + ", ".join(f"{p.name} {percent(key(p) / total)}" for p in shown)
-    strip = charts.strip([(p.name, key(p)) for p in shown], colour, words)
+    weight = (lambda p: p.busy) if report.on_device else (lambda p: p.wall)
+    shown = [p for p in report.phases if weight(p) > 0]
+    total = sum(weight(p) for p in shown)
+    words = "Shares of the run: " + ", ".join(
+        f"{p.name} {percent(weight(p) / total)}" for p in shown
+    )
+    strip = charts.strip([(p.name, weight(p)) for p in shown], colour, words)
     rows = [
         [
-            cell(f'<span class="key k{colour[p.name]}"></span>{text(p.name)}', head=True),
+            key(p.name, colour[p.name]),
+            number(weight(p), percent(weight(p) / total)),
             time(p.wall),
             time(p.busy),
             *([] if report.on_device else [time(p.wall - p.busy)]),
-            number(key(p), percent(key(p) / total)),
         ]
         for p in shown
     ]
     clock = "Host, ms" if report.on_device else "On the clock, ms"
     between = [] if report.on_device else ["Between operations, ms"]
-    heads = ["Phase", clock, "GPU, ms" if report.on_device else "In operations, ms", *between]
-    found = table("Phases of the profiled run", [*heads, "Share"], rows)
+    heads = [
+        "Phase",
+        "Share",
+        clock,
+        "GPU, ms" if report.on_device else "In operations, ms",
+        *between,
+    ]
+    found = table("Phases of the profiled run", heads, rows)
     return f"<figure>{strip}</figure>{found}{_rows_note(report)}"
 
 
@@ -119,7 +127,7 @@ def timeline(report: Report) -> str:
     colour = colours(report)
     order = [p.name for p in report.phases]
     legend = "".join(
-        f'<li><span class="key k{colour[name]}"></span>{text(name)}</li>' for name in order if name
+        f'<li><i class="k{colour[name]}"></i>{text(name)}</li>' for name in order if name
     )
     figure = charts.timeline(report.rows, colour, report.left_out)
     return f'<ul class="legend">{legend}</ul>{figure}'

@@ -50,7 +50,13 @@ def _heading(words: str, index: int, sorts: bool) -> str:
 
 def cell(inside: str, head: bool = False) -> str:
     """A cell of words, or the one that names its row."""
-    return f'<th scope="row" class="first">{inside}</th>' if head else f"<td>{inside}</td>"
+    kind = 'th scope="row" class="first"' if head else 'td class="w"'
+    return f"<{kind}>{inside}</{kind[:2]}>"
+
+
+def key(name: str, colour: int) -> str:
+    """The cell that names a phase, with its colour."""
+    return f'<th scope="row" class="key"><i class="k{colour}"></i>{text(name)}</th>'
 
 
 def number(value: float, words: str) -> str:
