@@ -8,9 +8,10 @@ import torch
 
 from fastscore.measure import models, suites, timing
 from fastscore.measure.results import read_results
+from fastscore.measure.roofline import Level, Peaks
 from fastscore.measure.suites import Settings, run
 from fastscore.measure.tables import table
-from fastscore.measure.workloads import Loop, Op, Step
+from fastscore.measure.workloads import Loop, Op, Step, chosen
 
 CPU = torch.device("cpu")
 OPS = [Op(1, b, "norm_act", 8, 4, 4) for b in ("eager", "reference", "triton")]
@@ -43,16 +44,15 @@ def test_rows_of_a_group_are_checked_timed_and_written(tmp_path):
 
 
 def test_instruments_fill_memory_costs_and_bound(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(suites.roofline, "_EDGES", {"cpu": (32,)})
-    monkeypatch.setattr(suites.roofline, "_LARGEST", {"cpu": 2**20})
-    monkeypatch.setattr(suites.roofline, "_SMALLEST", 2**20)
-    peaks = suites.roofline.peaks
-    monkeypatch.setattr(suites.roofline, "peaks", lambda device: peaks(device, 1e-3))
+    level = Level("memory", None, 2**20, 1e9, 2e9)
+    peaks = Peaks("cpu", 1, (level,), {"fp32": 1e9, "bf16": 1e9})
+    monkeypatch.setattr(suites.roofline, "peaks", lambda device: peaks)
     step = measured(tmp_path / "a.json", STEPS[:1], Settings(CPU, rounds=2)).rows[0]
     assert step.macs > 0
     assert step.bytes > 0
     assert step.memory["tensor_peak"] > 0
     assert step.memory["weights"]["parameters"] > 0
+    assert step.bound["name"] == "compute fp32"
     assert step.bound["share"] == pytest.approx(step.bound["seconds"] / step.time.median)
     assert step.energy == {"none": "not asked for; --energy SECONDS measures it"}
     assert step.workload["parameters"] > step.workload["trainable"] > 0
@@ -143,7 +143,7 @@ def test_what_is_built_anew_lies_elsewhere():
     address = before.data_ptr()
     del before
     found = set()
-    for _ in range(3):
+    for _ in range(2):
         with suites._elsewhere():
             found.add(torch.zeros(1000).data_ptr())
     assert len(found | {address}) > 1
@@ -171,3 +171,14 @@ def test_models_are_prepared_as_a_pipeline_prepares_them(small, pipe):
     theirs = [m.prepared is not None for m in pipe.denoiser.modules() if hasattr(m, "prepared")]
     assert (any(packed), net.training) == (any(theirs), pipe.denoiser.training)
     assert not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu_in_every_mode(tmp_path):
+    settings = Settings(torch.device("cuda"), rounds=6)
+    found = measured(tmp_path / "a.json", chosen("step", ["step/digits/b1/guided"]), settings)
+    status = {row.name: row.status for row in found.rows}
+    assert status.pop("step/digits/b1/guided/native") == "skipped"
+    ours = {name: s for name, s in status.items() if "/native/" not in name}
+    assert set(ours.values()) == {"ok"}, [row.reason for row in found.rows]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.denoiser import Denoiser, TapDenoiser, scalings
+from fastscore.devices import fp32_products
 from fastscore.engine import Clips, CudaGraphs, Engine, GraphPool, Model, Options, Task
 from fastscore.engine.compiled import CompiledDenoiser
 from fastscore.engine.programs import Program
@@ -68,14 +69,28 @@ class Expected(NamedTuple):
 
 
 def build(workload: Workload, device: torch.device) -> Built:
-    """What ``workload`` times, with operands and weights built anew."""
-    return _BUILDERS[type(workload)](workload, device)
+    """What ``workload`` times, with operands and weights built anew.
+
+    Products of fp32 numbers are exact to rounding, as a pipeline computes them unless told
+    otherwise; PyTorch by itself lets convolutions on a GPU use TF32.
+    """
+    with fp32_products(device, tf32=False):
+        built = _BUILDERS[type(workload)](workload, device)
+    if device.type != "cuda":
+        return built
+
+    def run() -> Any:
+        with fp32_products(device, tf32=False):
+            return built.run()
+
+    return built._replace(run=run)
 
 
 @torch.no_grad()
 def expected(workload: Workload, device: torch.device) -> Expected:
     """The answer of the workload's problem, whatever its backend, mode and precision."""
-    return _EXPECTED[type(workload)](workload, device)
+    with fp32_products(device, tf32=False):
+        return _EXPECTED[type(workload)](workload, device)
 
 
 def tolerance(workload: Workload, device: torch.device) -> float:
