@@ -67,8 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: the program's own) and return its exit code.
 
-    0: done; 2: refused, with one sentence on stderr; 1: a training diverged, or a device was lost;
-    130: interrupted.
+    0: done; 2: refused, with one sentence on stderr; 1: a training diverged, a device was lost,
+    or an answer that was to be timed is wrong; 130: interrupted.
     """
     with warnings.catch_warnings(), _termination_raises():
         warnings.showwarning = _show_warning
