@@ -88,8 +88,8 @@ def _verdict(report: Report) -> str:
     most = max(report.phases, key=lambda p: p.busy if report.on_device else p.wall)
     share = (most.busy if report.on_device else most.wall) / report.us
     words = (
-        f"{speech} takes {milliseconds(1e6 * facts.seconds)}, {pace}. Most "
-        f"of the time, {percent(share)}, goes to the phase <b>{html.escape(most.name)}</b>"
+        f"{speech} takes {milliseconds(1e6 * facts.seconds)}, {pace}. The largest share, "
+        f"{percent(share)}, goes to the phase <b>{html.escape(most.name)}</b>"
     )
     if report.peaks is None:
         return f"{words}."
