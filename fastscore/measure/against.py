@@ -167,7 +167,7 @@ def against(
         ):
             _Run((a, b), suite, options, out, command).all(progress)
     first, second = (read_results(path) for path in out)
-    return compare(first, second, (ref, "here"), notes=notes)
+    return compare(first, second, (ref, "here"), notes=notes, in_turn=True)
 
 
 def _changes_here(root: Path) -> list[str]:

@@ -10,7 +10,8 @@ to the next as the median does. What is left is of three kinds, and all of them 
   follows it by a share that is estimated from both runs (regression with a prior), and how unsure
   that share is counts in proportion to how far the reference moved. What the other rows moved
   together is taken off as well, up to 3 %;
-- what one process cannot see of itself, measured once over many processes of the same code.
+- what a run cannot see of itself, measured once over many runs of the same code. Runs that are
+  joined (`sides`) have less of it, and sides that are measured in turn (`against`) have least.
 
 The last figures were found on two cores of an AMD EPYC; bench/NOTES.md says how.
 """
@@ -30,11 +31,12 @@ from fastscore.measure.results import Rounds
 FAST = 0.1
 # share of the reference's movement that a row follows: mean and deviation over operations
 SHARE, SHARE_SD = 0.45, 0.2
-# deviation of log seconds between processes, beyond what the units of one show; the second where
-# operands were never built anew
-UNSEEN, UNSEEN_ONE_SITTING = 0.008, 0.02
-# of the interval of a median, which is less steady than the fastest tenth
-UNSEEN_MEDIAN = 0.03
+# deviations of log seconds that a run does not see of itself: what differs between processes; what
+# disturbs the machine for as long as a row takes, if the other run was not in turn with this one;
+# and where operands lie, if they were never built anew
+PROCESS, STRETCH, LAYOUT = 0.008, 0.009, 0.02
+# of the median of a row, which is less steady than the fastest tenth
+UNSEEN_MEDIAN = 0.05
 # what all rows of a run moved together, in log seconds, that is taken for the machine's and not for
 # a change of each; of so many other rows at least
 MOST_SHARED, FEWEST_OTHERS = 0.03, 3
@@ -86,8 +88,14 @@ class _Side:
         count = _units(rounds)
         self.y = _in_units(rounds.values, count)
         self.x = None if rounds.reference is None else _in_units(rounds.reference, count)
-        seen = rounds.sittings >= FEWEST_SITTINGS
-        self.unseen = UNSEEN if seen else UNSEEN_ONE_SITTING
+        self._rounds = rounds
+
+    def unseen(self, in_turn: bool) -> float:
+        """Variance that the rounds do not show."""
+        own = [PROCESS] + ([LAYOUT] if self._rounds.sittings < FEWEST_SITTINGS else [])
+        # runs that are joined have each their own, but drift together
+        drift = 0.0 if in_turn else STRETCH
+        return sum(part**2 for part in own) / self._rounds.runs + drift**2
 
     def fast(self) -> tuple[float, float]:
         """The fastest tenth of the row and of the reference."""
@@ -133,12 +141,16 @@ class _Shift:
     reference: float
 
 
-def changes(pairs: dict[str, tuple[Rounds, Rounds]], false: float = FALSE) -> dict[str, Change]:
+def changes(
+    pairs: dict[str, tuple[Rounds, Rounds]], in_turn: bool = False, false: float = FALSE
+) -> dict[str, Change]:
     """The change of every row from A to B.
 
-    ``false``: probability that a table of unchanged rows shows any change, however many they are.
+    ``in_turn``: both sides of a row were measured in turn, so that what disturbs the machine for
+    seconds disturbs both. ``false``: probability that a table of unchanged rows shows any change,
+    however many they are.
     """
-    shifts = {name: _shift(*pair) for name, pair in pairs.items()}
+    shifts = {name: _shift(*pair, in_turn) for name, pair in pairs.items()}
     found = {}
     for name, s in shifts.items():
         shared = _shared([other for key, other in shifts.items() if key != name])
@@ -150,14 +162,14 @@ def changes(pairs: dict[str, tuple[Rounds, Rounds]], false: float = FALSE) -> di
     return found
 
 
-def _shift(a: Rounds, b: Rounds) -> _Shift:
+def _shift(a: Rounds, b: Rounds, in_turn: bool) -> _Shift:
     before, after = _Side(a), _Side(b)
     share, share_sd = _share(before, after)
     (y0, x0), (y1, x1) = before.fast(), after.fast()
     moved = x1 - x0 if share is not None else 0.0
     part = share or 0.0
     variance = before.error(part) ** 2 + after.error(part) ** 2
-    variance += before.unseen**2 + after.unseen**2 + (share_sd * moved) ** 2
+    variance += before.unseen(in_turn) + after.unseen(in_turn) + (share_sd * moved) ** 2
     free = len(before.y) + len(after.y) - 2
     return _Shift(y1 - y0 - part * moved, math.sqrt(variance), free, share, moved)
 
@@ -176,16 +188,16 @@ def _shared(others: list[_Shift]) -> float:
 def interval(
     values: Rounds | tuple[float, ...] | list[float], confidence: float = 0.95
 ) -> Interval:
-    """Where the median of another run on the same machine lies, nineteen times in twenty.
+    """Where the median of a run on the same machine lies, nineteen times in twenty.
 
-    Two runs of the same code differ by less than the width of the interval that either states.
+    The intervals of two runs of the same code overlap.
     """
     rounds = values if isinstance(values, Rounds) else Rounds(tuple(values))
     middle = statistics.median(rounds.values)
     if len(rounds.values) < 2:
         raise ValueError("one round has no interval; measure at least two")
     side = _Side(rounds)
-    deviation = math.hypot(side.error(0.0, _median), UNSEEN_MEDIAN)
+    deviation = math.hypot(side.error(0.0, _median), UNSEEN_MEDIAN / math.sqrt(rounds.runs))
     half = deviation * _student((1 + confidence) / 2, len(side.y) - 1)
     return Interval(middle, middle * math.exp(-half), middle * math.exp(half))
 

@@ -40,12 +40,13 @@ class Rounds:
     ``reference``: seconds of the fixed reference computation measured right beside each round.
     ``sittings``: the rounds are that many equal parts, each with operands built anew. Where they
     come to lie in memory can change a time by more than everything else does, and stays as it is
-    for as long as they live.
+    for as long as they live. ``runs``: that many files were joined; 1 in a file.
     """
 
     values: tuple[float, ...]
     reference: tuple[float, ...] | None = None
     sittings: int = 1
+    runs: int = 1
     unit: str = "s"
 
     @classmethod

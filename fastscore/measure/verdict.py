@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastscore.measure.noise import FALSE, Change, Interval, changes, interval
-from fastscore.measure.results import ResultFile, Row, read_results
+from fastscore.measure.results import ResultFile, Row
+from fastscore.measure.sides import read_side
 
 SLOWER, FASTER, SAME = "slower", "faster", "same"
 CANNOT_TELL, NOT_COMPARED = "cannot tell", "not compared"
@@ -117,8 +118,8 @@ class Verdict:
 def compare_files(
     a: str | os.PathLike[str], b: str | os.PathLike[str], tolerance: float = TOLERANCE
 ) -> Verdict:
-    """Compare two result files; ValueError where one cannot be read (see `read_results`)."""
-    return compare(read_results(a), read_results(b), (str(a), str(b)), tolerance)
+    """Compare two result files, or folders of them, whose runs are joined (see `read_side`)."""
+    return compare(read_side(a), read_side(b), (str(a), str(b)), tolerance)
 
 
 def compare(
@@ -127,11 +128,12 @@ def compare(
     names: tuple[str, str] = ("A", "B"),
     tolerance: float = TOLERANCE,
     notes: Sequence[str] = (),
+    in_turn: bool = False,
 ) -> Verdict:
     """Compare what two runs found; every row of either appears in the verdict.
 
     ``tolerance``: the change that a row must be able to show for "same"; ``notes`` come first among
-    the differences.
+    the differences; ``in_turn`` as in `noise.changes`.
     """
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance {tolerance} must be above 0 and below 1, such as 0.1")
@@ -145,7 +147,7 @@ def compare(
             refused[name] = why
         else:
             pairs[name] = (first.rounds, second.rounds)
-    found = changes(pairs)
+    found = changes(pairs, in_turn)
     rows = []
     for name in keys:
         medians = _median(a.row(name)), _median(b.row(name))
