@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from fastscore.files import write_bytes
-from fastscore.measure.provenance import ROOT, machine
+from fastscore.measure.provenance import ROOT, commit
 from fastscore.measure.results import ResultFile, read_results
 from fastscore.measure.verdict import Verdict, compare_files, interval
 
@@ -48,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=ROOT / "out" / "planted", help="where runs are kept"
     )
+    parser.add_argument("--note", default="", help="a sentence for the result")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/cpu/planted.json")
     return parser.parse_args()
 
@@ -155,8 +155,13 @@ def outside(a: Path, b: Path) -> list[str]:
 
 def report(repetitions: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     rows = len(ROWS) * len(repetitions)
+    runs = [read_results(path) for path in sorted(args.work.glob("*.json"))]
     return {
-        "provenance": machine(torch.device("cpu")) | {"threads": args.threads},
+        # of the runs; they may have been made before they are compared
+        "provenance": {k: v for k, v in runs[0].provenance.items() if k != "seen"},
+        "commits": sorted({str(run.provenance["commit"]["id"]) for run in runs}),
+        "compared_by": commit(),
+        "note": args.note,
         "command": f"python bench/planted.py --repetitions {args.repetitions} "
         f"--threads {args.threads}",
         "planted": SLOWER,
