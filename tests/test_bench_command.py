@@ -72,7 +72,7 @@ def test_an_interrupted_run_shows_and_keeps_what_is_finished(here, capsys, monke
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(suites._Group, "measure", interrupted)
+    monkeypatch.setattr(suites._Group, "gate", interrupted)
     assert bench("ops", "--only", ROW, "--time-only", "--quiet") == 130
     assert "stopped before its first row" in capsys.readouterr().out
     assert not read_results(here / "bench-ops-cpu.json").finished

@@ -88,17 +88,35 @@ def test_a_row_that_breaks_takes_no_other_with_it(tmp_path, monkeypatch):
     assert (ours.status, ours.reason) == ("failed", "RuntimeError: no kernel image")
 
 
+def test_sittings_of_small_groups_alternate(tmp_path, monkeypatch):
+    """A row is spread over the time that its neighbours take as well."""
+    turns = []
+    right = suites.interleaved
+
+    def noted(runs, *rest, **named):
+        turns.append(len(runs))
+        return right(runs, *rest, **named)
+
+    monkeypatch.setattr(suites, "interleaved", noted)
+    other = Op(1, "eager", "normals", 1, 4, 4)
+    settings = Settings(CPU, rounds=13, instruments=False)
+    found = measured(tmp_path / "a.json", [*OPS, other], settings)
+    assert [row.name for row in found.rows] == [w.name for w in (*OPS, other)]
+    # two sittings of both rows that run here, each followed by one of the other group
+    assert turns == [2, 1, 2, 1]
+
+
 def test_rows_that_are_finished_are_kept(tmp_path, monkeypatch):
     """Interrupted in the second group: the first is in the file, which says that it is not all."""
     groups = itertools.count(1)
-    measure = suites._Group.measure
+    rows = suites._Group.rows
 
     def interrupted(self):
         if next(groups) == 2:
             raise KeyboardInterrupt
-        return measure(self)
+        return rows(self)
 
-    monkeypatch.setattr(suites._Group, "measure", interrupted)
+    monkeypatch.setattr(suites._Group, "rows", interrupted)
     other = Op(1, "eager", "normals", 1, 4, 4)
     with pytest.raises(KeyboardInterrupt):
         measured(tmp_path / "a.json", [*OPS, other])

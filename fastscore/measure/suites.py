@@ -44,6 +44,9 @@ QUICK = 0.5
 # seconds of timing a row by suite
 BUDGETS = {"ops": 1.0}
 BUDGET = 3.0
+# groups whose sittings alternate: what disturbs a machine for a second or two, as long as short
+# rows take, then spoils a sitting of each and not all sittings of one
+TOGETHER = {"ops": 8}
 # floats of the largest piece of memory that lies between old operands and new, and pieces
 _PADDING, _PIECES = 400_000, 6
 
@@ -85,7 +88,7 @@ def run(
     command: str,
     progress: Progress = lambda done, name: None,
 ) -> ResultFile:
-    """Measure ``workloads`` and write ``out`` anew after every group of them.
+    """Measure ``workloads`` and write ``out`` anew after every group of them, or some small ones.
 
     KeyboardInterrupt leaves the rows that are finished in the file. ValueError where it cannot be
     written.
@@ -95,21 +98,41 @@ def run(
     results = Results.start(out, suite, command, watch.record)
     if settings.instruments:
         watch.record["peaks"] = roofline.peaks(settings.device).describe()
-    done = 0
-    for name, members in itertools.groupby(workloads, key=lambda w: w.group):
-        group = list(members)
+    grouped = [(name, list(g)) for name, g in itertools.groupby(workloads, key=lambda w: w.group)]
+    done, together = 0, TOGETHER.get(suite, 1)
+    # what was imported is not looked through at each sitting
+    gc.freeze()
+    try:
+        for first in range(0, len(grouped), together):
+            chunk = grouped[first : first + together]
+            size, name = sum(len(members) for _, members in chunk), chunk[0][0]
 
-        def tell(share: float, done: int = done, size: int = len(group), name: str = name) -> None:
-            progress(done + share * size, name)
+            def tell(share: float, done: int = done, size: int = size, name: str = name) -> None:
+                progress(done + share * size, name)
 
-        tell(0.0)
-        for row in _Group(group, settings, suite, tell).measure():
-            results.add(row)
-        done += len(group)
-        watch.sample(f"after {name}")
+            tell(0.0)
+            for row in _measured([_Group(m, settings, suite) for _, m in chunk], tell):
+                results.add(row)
+            done += size
+            watch.sample(f"after {chunk[-1][0]}")
+    finally:
+        gc.unfreeze()
     watch.end()
     progress(len(workloads), "")
     return results.finish()
+
+
+def _measured(groups: list[_Group], tell: Callable[[float], Any]) -> Iterator[Row]:
+    """Rows of groups whose sittings alternate: a row is spread over the time of all of them."""
+    for group in groups:
+        group.gate()
+    turns = [group.sittings() for group in groups]
+    for turn in range(SITTINGS):
+        for i, one in enumerate(turns):
+            next(one, None)
+            tell(0.9 * (turn + (i + 1) / len(turns)) / SITTINGS)
+    for group in groups:
+        yield from group.rows()
 
 
 class _Group:
@@ -120,30 +143,28 @@ class _Group:
         workloads: list[Workload],
         settings: Settings,
         suite: str,
-        tell: Callable[[float], Any],
     ) -> None:
         self._workloads = {w.name: w for w in workloads}
         self._settings, self._device, self._suite = settings, settings.device, suite
-        self._tell = tell
+        self._rounds: dict[str, Rounds] = {}
         self._built: dict[str, Built] = {}
         self._build_seconds = 0.0
         self._checks: dict[str, Check] = {}
         self._refused: dict[str, tuple[str, str, Check | None]] = {}
         self._expected: dict[str, subjects.Expected] = {}
 
-    def measure(self) -> list[Row]:
-        """A row for each of them, in order."""
+    def gate(self) -> None:
+        """Build all of them and check their answers."""
         for name, workload in self._workloads.items():
             self._gate(name, workload)
         self._expected.clear()
-        rounds = self._time() if self._built else {}
-        found = []
+
+    def rows(self) -> Iterator[Row]:
+        """A row for each of them, in order."""
         for name in self._workloads:
-            row = self._row(name, rounds.get(name))
-            found.append(row)
+            yield self._row(name, self._rounds.get(name))
             # one after the other, so that no other row's weights count
             self._built.pop(name, None)
-        return found
 
     def _gate(self, name: str, workload: Workload) -> None:
         """Build it and check its answer: kept for timing, or refused with the reason."""
@@ -167,8 +188,10 @@ class _Group:
         except (RuntimeError, ValueError, MemoryError, ImportError) as error:
             self._refused[name] = ("failed", _sentence(error), None)
 
-    def _time(self) -> dict[str, Rounds]:
-        """Rounds of all that passed the gate."""
+    def sittings(self) -> Iterator[None]:
+        """Time all that passed the gate, one sitting at each step."""
+        if not self._built:
+            return
         pace = paces(self._runs(), self._watch())
         total, sittings = _plan(pace, self._settings.rounds, self._suite, self._build_seconds)
         parts: dict[str, list[Timing]] = {name: [] for name in self._built}
@@ -181,14 +204,14 @@ class _Group:
                 watch=self._watch(),
                 reference=reference_work(self._device),
                 known=pace,
-                progress=lambda i, n, s=sitting: self._tell(0.9 * (s + i / n) / sittings),
             )
             for name, timing in found.items():
                 parts[name].append(timing)
-        return {
-            name: _joined([t.rounds() for t in timings], self._built[name].again)
-            for name, timings in parts.items()
-        }
+            self._rounds = {
+                name: _joined([t.rounds() for t in timings], self._built[name].again)
+                for name, timings in parts.items()
+            }
+            yield
 
     def _rebuild(self) -> None:
         """Let what can be built quickly lie elsewhere in memory."""
