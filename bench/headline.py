@@ -52,6 +52,7 @@ STEP_BATCHES = {"tiny": (1, 8), "paper": (1, 8)}
 CLIP_BATCH = 8
 OUT = Path(__file__).resolve().parent / "results" / "headline"
 MODES = ("eager", "engine")
+SLOW_ROUNDS = 5
 
 
 def prepared(contestant: str, size: str, guided: bool, mode: str, device: torch.device) -> Denoiser:
@@ -166,7 +167,9 @@ def memories(size: str, device: str) -> dict[str, Any]:
     return found
 
 
-def times(size: str, device: str, rounds: int | None) -> dict[str, Any]:
+def times(
+    size: str, device: str, rounds: int | None, keep: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
     """Step latency and clips a second of all rows, eager and by the engine, in turn."""
     found: dict[str, Any] = {}
     jobs = [(f"step/b{b}", functools.partial(step, batch=b)) for b in STEP_BATCHES[size]]
@@ -192,13 +195,16 @@ def times(size: str, device: str, rounds: int | None) -> dict[str, Any]:
         print(f"{size} {name}: answers agree; timing {len(runs)} in turn", file=sys.stderr)
         timings = interleaved(
             runs,
-            rounds,
+            # whole trajectories take seconds on a CPU
+            rounds or (SLOW_ROUNDS if name.startswith("draw") and device == "cpu" else None),
             round_seconds=0.0,
             watch=Stopwatch(place, wall=name.startswith("draw")),
             reference=reference_work(place),
-            budget=8.0,
+            budget=2.5,
         )
         found[name] = {"errors": checks, "rows": {k: timed(t) for k, t in timings.items()}}
+        # what is finished stays, whatever becomes of the rest
+        keep(found)
     return found
 
 
@@ -238,29 +244,37 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     out = args.out or OUT / f"costs-{args.size}-{args.device}.json"
     values = read(out, args.size, args.device)
-    measures = {
-        "static": lambda: static(args.size),
-        "memory": lambda: memories(args.size, args.device),
-        "time": lambda: times(args.size, args.device, args.rounds),
-        "energy": lambda: energies(args.size, args.device),
-    }
     for part in args.part:
         watch = Watch(torch.device(args.device))
-        found = measures[part]()
+
+        def keep(found: dict[str, Any], part: str = part, watch: Watch = watch) -> None:
+            values[part] = {
+                "command": f"python bench/headline.py --size {args.size} --part {part} "
+                f"--device {args.device} --threads {args.threads}",
+                "provenance": watch.record,
+                "rows": found,
+            }
+            write_bytes(out, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+
+        found = measured(part, args, keep)
         watch.end()
         if part == "static":
             values["full_resolution"] = full_resolution(args.size)
-        values[part] = {
-            "command": f"python bench/headline.py --size {args.size} --part {part} "
-            f"--device {args.device} --threads {args.threads}",
-            "provenance": watch.record,
-            "rows": found,
-        }
-        # a part that is done stays, whatever becomes of the next
-        write_bytes(out, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
+        keep(found)
         for warning in watch.warnings:
             print(f"warning: {warning}", file=sys.stderr)
     print(out)
+
+
+def measured(
+    part: str, args: argparse.Namespace, keep: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
+    """Rows of one part; ``keep`` is given what is finished on the way."""
+    if part == "time":
+        return times(args.size, args.device, args.rounds, keep)
+    if part == "static":
+        return static(args.size)
+    return {"memory": memories, "energy": energies}[part](args.size, args.device)
 
 
 def read(path: Path, size: str, device: str) -> dict[str, Any]:
