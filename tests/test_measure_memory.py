@@ -85,9 +85,10 @@ def test_resident_pages_of_a_known_allocation():
         pytest.skip(found["rss"]["none"])
     assert found["rss"]["growth"] == pytest.approx(96 * MIB, abs=PAGES)
     assert found["rss"]["peak"] == found["rss"]["before"] + found["rss"]["growth"]
-    # an earlier peak does not count
+    # an earlier peak does not count; whether the second gets the first one's pages is the heap's
+    # affair, which depends on what has been freed before
     growth = memory.resident_peak(one_after_the_other)["growth"]
-    assert growth == pytest.approx(16 * MIB, abs=PAGES)
+    assert 16 * MIB - PAGES <= growth <= 24 * MIB + PAGES
     json.dumps(found)
 
 

@@ -77,6 +77,8 @@ def quickest(run) -> float:
     return min(found)
 
 
+# slow: not by how long they take, but a busy machine disturbs one clock and not the other
+@pytest.mark.slow
 def test_copies_beside_those_of_numpy():
     size = 2**24
     source, target = np.ones(size // 2, np.uint8), np.empty(size // 2, np.uint8)
@@ -85,6 +87,7 @@ def test_copies_beside_those_of_numpy():
     assert theirs / 6 < roofline.copy_rate(CPU, size, 0.02) < theirs * 6
 
 
+@pytest.mark.slow
 def test_products_beside_those_of_numpy():
     a = np.ones((256, 256), np.float32)
     theirs = 256**3 / quickest(lambda: a @ a)
