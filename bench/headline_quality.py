@@ -4,8 +4,9 @@
         [--n 500] [--seed 0] [--nfe 8 12 25 50] [--out bench/results/headline/quality.jsonl]
 
 Every row is drawn with the sampler, levels, strength and noise of the shipped preset: one setting
-for all contestants, chosen on ScoreSubnet. Sample i of a row has label i mod 10 and the same noise
-in all rows. Rows that the file holds already for the same weights are not drawn again.
+for all contestants, chosen on ScoreSubnet; --guidance draws with another strength. Sample i of a
+row has label i mod 10 and the same noise in all rows. Rows that the file holds already for the
+same weights are not drawn again.
 """
 
 from __future__ import annotations
@@ -80,14 +81,16 @@ class Judge:
         }
 
 
-def draw(pipeline: Pipeline, guided: bool, nfe: int, n: int, seed: int) -> Heard | Any:
+def draw(
+    pipeline: Pipeline, guided: bool, nfe: int, n: int, seed: int, guidance: float | None
+) -> tuple[torch.Tensor, np.ndarray]:
     """n clips [n, samples] and what was meant [n], -1 where nothing."""
     waves, k = [], len(pipeline.labels)
     meant = np.array([i % k if guided else -1 for i in range(n)])
     for start in tqdm(range(0, n, BATCH), unit="batch", leave=False, mininterval=10):
         part = meant[start : start + BATCH]
         labels = [pipeline.labels[i] if i >= 0 else None for i in part]
-        drawn = pipeline.sample(labels, nfe=nfe, seed=seed, first=start)
+        drawn = pipeline.sample(labels, nfe=nfe, seed=seed, first=start, guidance=guidance)
         if drawn.nfe != nfe:
             raise ValueError(f"{nfe} evaluations were asked for and {drawn.nfe} taken")
         waves.append(drawn.waves.float().cpu())
@@ -112,7 +115,7 @@ def key(row: dict[str, Any]) -> tuple:
     """What a row is of: two rows of one key would be equal."""
     return (
         *(row["contestant"], row["guided"], row["nfe"], row["seed"], row["n"]),
-        *(row["weights"], row["dnsmos_clips"]),
+        *(row["weights"], row["dnsmos_clips"], row.get("guidance")),
     )
 
 
@@ -123,11 +126,36 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nfe", type=int, nargs="+", default=NFES)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="GAMMA",
+        help="strength, and guided rows only (default: the preset's, and both kinds)",
+    )
     parser.add_argument("--dnsmos-clips", type=int, default=100, metavar="N")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache-dir", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE")
     return parser.parse_args()
+
+
+def wanted(args: argparse.Namespace, name: str, weights: str) -> list[dict[str, Any]]:
+    """What is to be drawn of one contestant."""
+    kinds = (True, False) if args.guidance is None else (True,)
+    return [
+        {
+            "contestant": name,
+            "guided": guided,
+            "nfe": nfe,
+            "seed": args.seed,
+            "n": args.n,
+            "weights": weights,
+            "dnsmos_clips": args.dnsmos_clips,
+            "guidance": args.guidance,
+        }
+        for guided in kinds
+        for nfe in args.nfe
+    ]
 
 
 def main() -> None:
@@ -141,28 +169,16 @@ def main() -> None:
             pipeline = Pipeline.from_pretrained(preset, batch_size=BATCH)
             about = pipeline.describe()
             judge = judge or Judge(pipeline, args.data, args.n, args.cache_dir)
-            for guided in (True, False):
-                for nfe in args.nfe:
-                    row = {
-                        "contestant": name,
-                        "guided": guided,
-                        "nfe": nfe,
-                        "seed": args.seed,
-                        "n": args.n,
-                        "weights": about["hashes"][pipeline.denoiser.PART],
-                        "dnsmos_clips": args.dnsmos_clips,
-                    }
-                    if key(row) in {key(r) for r in rows}:
-                        continue
-                    start = time.perf_counter()
-                    heard = judge.listen(*draw(pipeline, guided, nfe, args.n, args.seed))
-                    row |= judge.row(heard, guided, args.dnsmos_clips, args.seed)
-                    row |= {"defaults": about["defaults"], "commit": commit()}
-                    row |= {"versions": versions()}
-                    rows.append(row)
-                    lines = "".join(json.dumps(r) + "\n" for r in rows)
-                    write_bytes(args.out, lines.encode())
-                    tqdm.write(summary(row) + f"  {time.perf_counter() - start:.0f} s")
+            for row in wanted(args, name, about["hashes"][pipeline.denoiser.PART]):
+                if key(row) in {key(r) for r in rows}:
+                    continue
+                start = time.perf_counter()
+                drawn = draw(pipeline, row["guided"], row["nfe"], args.n, args.seed, args.guidance)
+                row |= judge.row(judge.listen(*drawn), row["guided"], args.dnsmos_clips, args.seed)
+                row |= {"defaults": about["defaults"], "commit": commit(), "versions": versions()}
+                rows.append(row)
+                write_bytes(args.out, "".join(json.dumps(r) + "\n" for r in rows).encode())
+                tqdm.write(summary(row) + f"  {time.perf_counter() - start:.0f} s")
 
 
 def summary(row: dict[str, Any]) -> str:
