@@ -250,7 +250,8 @@ def main() -> None:
         def keep(found: dict[str, Any], part: str = part, watch: Watch = watch) -> None:
             values[part] = {
                 "command": f"python bench/headline.py --size {args.size} --part {part} "
-                f"--device {args.device} --threads {args.threads}",
+                f"--device {args.device} --threads {args.threads}"
+                + (f" --rounds {args.rounds}" if args.rounds else ""),
                 "provenance": watch.record,
                 "rows": found,
             }

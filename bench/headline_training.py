@@ -178,7 +178,8 @@ def main() -> None:
         watch.end()
         values = {
             "command": f"python bench/headline_training.py --size {args.size} "
-            f"--device {args.device} --threads {args.threads}",
+            f"--device {args.device} --threads {args.threads}"
+            + (f" --rounds {args.rounds}" if args.rounds else ""),
             "provenance": watch.record,
             "rows": rows,
         }

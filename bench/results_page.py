@@ -50,21 +50,23 @@ def title(contestant: str, guided: bool) -> str:
     return f"{name}{' + classifier, guided' if guided else ', unguided'}"
 
 
-def source(part: dict[str, Any]) -> str:
-    """The command under a table, and the machine that it ran on."""
+def source(part: dict[str, Any], timed: bool = True) -> str:
+    """The command under a table and the machine that it ran on; of ``timed`` figures, warnings."""
     if not part:
         return ""
     p = part["provenance"]
     commit = (p["commit"]["id"] or "?")[:10] + (" with changes" if p["commit"]["dirty"] else "")
     device = (p.get("gpu") or {}).get("name") or (
-        f"{p['processor']['model']}, {p['processor']['cores']} cores, {p['threads']} threads"
+        f"{p['processor']['model']}, {p['processor']['cores']} cores, "
+        f"{p['threads']} thread{'s' if p['threads'] > 1 else ''}"
     )
     lines = [
         f"`{part['command']}`  ",
-        f"{device}; torch {p['versions']['torch']}; commit {commit}; load {p['load'][0]:.1f} at "
-        "the start.",
+        f"{device}; torch {p['versions']['torch']}; commit {commit}.",
     ]
-    lines += [f"Warning: {w}." for w in p.get("warnings", ())]
+    if timed:
+        lines[-1] += f" Load {p['load'][0]:.1f} at the start."
+        lines += [f"Warning: {w}." for w in p.get("warnings", ())]
     return "\n".join(lines)
 
 
@@ -171,8 +173,21 @@ def times_table(costs: dict[str, Any]) -> str:
         rows.append(row)
     if not columns:
         return f"Latency: {NOT_HERE}."
-    notes = "".join(f"\n\nEnergy: no figure, since {reason}." for reason in sorted(reasons))
+    notes = f"\n\n{spread_note(measured)}"
+    notes += "".join(f"\n\nEnergy: no figure, since {reason}." for reason in sorted(reasons))
     return table(head, rows) + notes
+
+
+def spread_note(measured: dict[str, Any]) -> str:
+    """What the figures are, and how far rounds lie apart."""
+    rows = [row for part in measured.values() for row in part["rows"].values()]
+    widest = max((r["p80"] - r["p20"]) / r["median"] for r in rows)
+    return (
+        "Medians over rounds in turn; from the 20th to the 80th percentile they span at most "
+        f"{100 * widest:.0f} %. Clips are log-Mels of 12 evaluations, all guided where a row is, "
+        "drawn by the engine; the vocoder, the same for all, is left out. Eager: PyTorch's own "
+        "operations; engine: fused kernels and prepared weights, for every row alike."
+    )
 
 
 def training_table(curves: dict[str, Any], steps: dict[str, Any]) -> str:
@@ -270,9 +285,9 @@ def size_section(results: Path, size: str, device: str) -> list[str]:
         return [f"`{size}` on {device}: {NOT_HERE}."]
     parts = [
         costs_table(costs),
-        source(costs.get("static", {})),
+        source(costs.get("static", {}), timed=False),
         resolution_note(costs),
-        source(costs.get("memory", {})),
+        source(costs.get("memory", {}), timed=False),
         verdict(costs, True),
         verdict(costs, False),
         times_table(costs),

@@ -70,7 +70,8 @@ def test_the_page_has_every_row_and_names_what_is_missing(bench, costs, tmp_path
     assert "127.0 (1.97x)" in "".join(text.split("**ScoreSubnet**")) or "129.0 (1.98x)" in text
     assert "`paper` on cpu: not measured" in text
     assert "Training: not measured" in text
-    assert "Warning: it was busy." in text
+    # nothing that was timed is there: a busy machine does not matter
+    assert "it was busy" not in text
     assert "commit 0123456789;" in text
     assert text.count("not measured") > 24, "no quality was given"
 
