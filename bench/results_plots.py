@@ -153,7 +153,7 @@ def _costs(costs: list[dict[str, Any]]) -> Any:
                         color=LOOKS[name][0],
                         label=TITLES[name] if not place else None,
                     )
-                    axis.bar_label(bar, fmt="%.3g", fontsize=8)
+                    axis.bar_label(bar, fmt="%.4g", fontsize=8)
             axis.set_xticks([0, 1], ["unguided", "guided"])
             axis.set_ylabel(what)
             axis.set_title(cost["size"])
