@@ -124,7 +124,7 @@ class NoiseSource:
         for number in (*steps, draw):
             if not 0 <= number < _WORD:
                 raise ValueError(f"noise step or draw {number} is not in 0 .. 2^32 - 1")
-        steps_tensor = torch.tensor(list(steps), dtype=torch.int64, device=self.seeds.device)
+        steps_tensor = _numbers(steps, self.seeds.device)
         size = math.prod(shape[1:])
         rows = len(self.seeds)
         if self.seeds.device.type == "cpu":
@@ -134,3 +134,10 @@ class NoiseSource:
             for seeds, samples in zip(self.seeds.split(rows), self.samples.split(rows), strict=True)
         ]
         return torch.cat(pieces, dim=1).reshape(len(steps), *shape)
+
+
+def _numbers(steps: Sequence[int], device: torch.device) -> Tensor:
+    """Step numbers as int64 [S]; a range is made on the device, which then is not waited for."""
+    if isinstance(steps, range) and len(steps):
+        return torch.arange(steps.start, steps.stop, steps.step, device=device)
+    return torch.tensor(list(steps), dtype=torch.int64, device=device)

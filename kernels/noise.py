@@ -37,8 +37,7 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     both key words; they broadcast together. Returns output words (0, 2) and (1, 3), each [2, ...].
     """
     rows = (2, *[1] * (even.ndim - 1))
-    multipliers = torch.tensor(_MULTIPLIERS, device=even.device).view(rows)
-    weyl = torch.tensor(_WEYL, device=even.device).view(rows)
+    multipliers, weyl = (t.view(rows) for t in _constants(even.device))
     turns = torch.arange(_ROUNDS, device=even.device).view(-1, 1, *rows[1:])
     for round_key in ((key + turns * weyl) & _MASK).unbind():
         # the product wraps modulo 2^64 and so keeps all its bits; only the low 32 of ``odd`` matter
@@ -47,6 +46,19 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(_MASK)
         odd = product
     return even, odd & _MASK
+
+
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Multipliers and Weyl increments, each [2] int64, filled in on the device itself.
+
+    Copies from the host would wait for a GPU, and break the capture of a graph.
+    """
+    pairs = []
+    for first, second in (_MULTIPLIERS, _WEYL):
+        pair = torch.full((2,), first, dtype=torch.int64, device=device)
+        pair[1].fill_(second)
+        pairs.append(pair)
+    return pairs[0], pairs[1]
 
 
 def _horner(terms: Sequence[float], x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ works under autograd, torch.func, torch.compile, make_fx and torch.export.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.compiler import is_compiling
 
 # one library a namespace: operators live as long as the library object
 _LIBRARIES: dict[str, torch.library.Library] = {}
+# what runs an operation of Triton kernels, by the operation's name
+_LAUNCHERS: dict[str, Callable] = {}
 
 
 def _library(name: str) -> torch.library.Library:
@@ -51,15 +54,60 @@ def define_triton(name: str, schema: str, implementation: Callable, fake: Callab
     """Define ``namespace::op`` whose Triton kernels a compiler can see and export.
 
     Under the Triton interpreter there is nothing to see: a plain operation on CPU tensors.
+    `torch.library.triton_op` would do the rest, but it brings an autograd kernel of its own and
+    infers the schema, and takes neither from us.
     """
     from fastscore_kernels.backends import interpreting
 
+    _LAUNCHERS[name] = implementation
     if interpreting():
         return define(name, schema, implementation, fake, ("CPU",))
-    op = torch.library.triton_op(name, implementation, mutates_args={}, schema=schema)
-    op.register_fake(fake)
-    namespace, _, short = name.partition("::")
-    return getattr(getattr(torch.ops, namespace), short).default
+    op = define(name, schema, implementation, fake, ("CUDA",))
+    _decompose(name, implementation)
+    return op
+
+
+def launcher(op: Any) -> Callable | None:
+    """What launches the Triton kernels of an operator; None for another one."""
+    return _LAUNCHERS.get(op._schema.name)
+
+
+def _decompose(name: str, implementation: Callable) -> None:
+    """Let AOTAutograd look into an operation: its graph gets the launches instead.
+
+    Exported programs keep the operation, as they keep those of `torch.library.triton_op`.
+    """
+    from torch._library.triton import triton_ops_to_kernels
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    def decomposed(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | None) -> Any:
+        from fastscore_kernels.gpu.launch import visible
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        if custom_triton_ops_decomposition_disabled():
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode, visible():
+            return implementation(*args, **(kwargs or {}))
+
+    short = name.partition("::")[2]
+    _library(name)._register_torch_dispatch_rule(short, FunctionalTensorMode, decomposed)
+    # compiled graphs are cached by the source of what they launch
+    triton_ops_to_kernels[name] = _kernels_beside(implementation)
+
+
+def _kernels_beside(implementation: Callable) -> list[Any]:
+    """All Triton kernels that the package's modules hold once ``implementation`` is imported."""
+    from triton.runtime.jit import JITFunction
+
+    package = __name__.rpartition(".")[0] + ".gpu"
+    modules = [m for n, m in sorted(sys.modules.items()) if n.startswith(package)]
+    found = {
+        id(value): value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, JITFunction)
+    }
+    return list(found.values())
 
 
 def call(op: Any, kernel: Callable, *args: Any) -> Any:

@@ -112,7 +112,10 @@ class Model:
     def loop(
         self, task: Task, batch: Buffers, guided: bool, denoise: Denoiser, watch: Watcher | None
     ) -> Tensor:
-        """x0 by a sampler that is no plan; ``denoise`` is conditioned already."""
+        """x0 by a sampler that is no plan; ``denoise`` is conditioned already.
+
+        Labels and strengths may still be on the CPU: there they are checked without waiting.
+        """
         guidance = Guidance()
         if guided:
             guidance = Guidance(batch["labels"], batch["gammas"], task.interval)
@@ -150,10 +153,11 @@ class Direct:
     def draw(self, task: Task, batch: Buffers, guided: bool, watch: Watcher | None) -> Tensor:
         """x0 [B, ...] on the device."""
         model = self._model
-        batch = {name: t.to(model.device) for name, t in batch.items()}
         route = task.course(guided)
         if route is None:
+            batch = _for_loop(batch, model.device)
             return model.loop(task, batch, guided, model.conditioned(batch), watch)
+        batch = {name: t.to(model.device) for name, t in batch.items()}
         table = route.table().to(model.device)
         return model.follow({**batch, "table": table}, route.kinds, watch)
 
@@ -233,8 +237,7 @@ class Recording:
         return model.completed(x0, known)
 
     def _loop(self, task: Task, batch: Buffers, guided: bool, watch: Watcher | None) -> Tensor:
-        device = self._model.device
-        moved = {name: t.to(device) for name, t in batch.items()}
+        moved = _for_loop(batch, self._model.device)
         return self._model.loop(task, moved, guided, self._denoiser(batch), watch)
 
     def _denoiser(self, batch: Buffers) -> Denoiser:
@@ -265,3 +268,9 @@ class Recording:
             return Program(function, inputs, self._recorder, self._model.device)
 
         return self._programs.run(key, make, inputs)
+
+
+def _for_loop(batch: Buffers, device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device, but for what a sampler checks before it begins."""
+    checked = ("labels", "gammas")
+    return {name: t if name in checked else t.to(device) for name, t in batch.items()}

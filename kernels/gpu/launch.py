@@ -65,6 +65,7 @@ class _Recording:
 
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 _overrides: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("overrides", default={})  # noqa: B039
+_visible: ContextVar[bool] = ContextVar("visible", default=False)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -72,10 +73,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     recording = _recording.get()
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, args, options))
-    elif isinstance(kernel, InterpretedFunction):
-        kernel[grid](*args, **options)
-    else:
+    elif _visible.get() and not isinstance(kernel, InterpretedFunction):
         torch.library.wrap_triton(kernel)[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextmanager
+def visible() -> Iterator[None]:
+    """Let launches made inside appear in the graph that a compiler is tracing."""
+    token = _visible.set(True)
+    try:
+        yield
+    finally:
+        _visible.reset(token)
 
 
 @contextmanager

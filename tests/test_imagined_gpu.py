@@ -1,0 +1,72 @@
+"""GPU paths without a GPU: registration, what a compiler sees, and whole clips for a graph.
+
+They run on tensors that have no memory (`fastscore.measure.nodes`), in a process without Triton's
+interpreter, which would register other operators than a GPU has.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from interpreter import DEVICE
+
+HERE = Path(__file__).parent
+OPS = (
+    *("norm_act", "norm_act_backward", "tap_norm", "tap_fuse", "tap_fuse_backward", "tap_path"),
+    *("solver_step", "normals"),
+)
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is there: it runs the real thing")
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, HERE / "imagined.py"],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_compiler_sees_the_launches_of_an_operation(found, op):
+    graph = found["traced"][op]
+    assert any("triton_kernel_wrapper" in target for target in graph)
+    assert not any("fastscore_triton" in target for target in graph)
+
+
+def test_faults_are_noticed(found):
+    planted = found["planted"]
+    assert planted["copy"] == ["_to_copy"]
+    assert planted["wait"] == "DataDependentOutputException"
+    assert planted["two devices"] == "RuntimeError"
+    assert planted["none"] == {"mul": 1}
+
+
+def test_no_clip_waits_for_the_device_or_copies_from_the_host(found):
+    clips = found["trajectories"]
+    assert len(clips) == 15
+    assert {key.rpartition("/")[2] for key in clips} == {"free", "inpainted"}
+    for key, clip in clips.items():
+        assert clip["transfers"] == [], key
+        assert clip["total"] > 100
+
+
+def test_fused_kernels_make_fewer_nodes(found):
+    def total(backend: str) -> int:
+        return sum(
+            c["total"] for key, c in found["trajectories"].items() if key.startswith(backend)
+        )
+
+    assert total("triton/fp32") < 0.7 * total("reference/fp32")
+    steps = found["steps"]
+    assert steps["paper/unguided"] < steps["paper/guided"] <= 320
