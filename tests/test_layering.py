@@ -66,7 +66,7 @@ fastscore_kernels.backends           torch kernels.library | triton
 fastscore_kernels.cpu                torch kernels.library |
 fastscore_kernels.noise              torch |
 fastscore_kernels.reference          torch |
-fastscore_kernels.registration       torch | kernels.backends
+fastscore_kernels.registration       torch | kernels.backends kernels.gpu.launch triton
 fastscore_kernels.norm_act           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu.norm_act
 fastscore_kernels.solver_step        torch kernels.backends kernels.checks kernels.cpu kernels.noise kernels.reference kernels.registration | kernels.gpu.solver_step
 fastscore_kernels.tap_fuse           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu.tap_fuse
@@ -140,6 +140,7 @@ fastscore.measure.memory             torch | pynvml
 fastscore.measure.traces             |
 fastscore.measure.energy             torch .measure.traces | pynvml
 fastscore.measure.macs               torch .cost .denoiser |
+fastscore.measure.nodes              torch kernels.registration | kernels.gpu.launch
 fastscore.measure.roofline           torch .devices |
 fastscore.measure.work               torch .cost .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels.traffic |
 fastscore.measure.workloads          |
