@@ -196,3 +196,17 @@ def test_without_the_binding_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(nvml.NvmlError, match=r"pip install 'fastscore\[bench\]'"):
         nvml.Gpu(GPU)
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("", {"id": None, "dirty": None}),
+        ("0123abc", {"id": "0123abc", "dirty": False}),
+        ("0123abc-dirty", {"id": "0123abc", "dirty": True}),
+    ],
+)
+def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch, tmp_path, told, found):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setenv("FASTSCORE_COMMIT", told)
+    assert provenance.commit() == found
