@@ -1,6 +1,6 @@
 """docs/results.md and its plots, from the JSON in bench/results: one command, nothing by hand.
 
-    python bench/results_page.py [--results bench/results] [--out docs]
+    python bench/results_page.py [--results bench/results] [--out docs] [--readme README.md]
 
 A figure that is not there is named with its reason; under each table stands the command that
 measured it, and on what.
@@ -11,20 +11,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_page
 import results_plots
 from contestants import BASELINES, CONTESTANTS, OURS, TITLES
 from headline import row_name
 from headline_quality import NFES, read
 from headline_training import reached
+from page_parts import NOT_HERE, source, table
 
 from fastscore.files import write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_HERE = "not measured"
 ROWS = [(c, g) for c in CONTESTANTS for g in (False, True)]
 
 
@@ -38,36 +39,11 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}); measure it again") from None
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' + '---:|' * (len(head) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def title(contestant: str, guided: bool) -> str:
     name = TITLES[contestant]
     if contestant == OURS:
         return f"**{name}**, {'guided' if guided else 'unguided'}"
     return f"{name}{' + classifier, guided' if guided else ', unguided'}"
-
-
-def source(part: dict[str, Any], timed: bool = True) -> str:
-    """The command under a table and the machine that it ran on; of ``timed`` figures, warnings."""
-    if not part:
-        return ""
-    p = part["provenance"]
-    commit = (p["commit"]["id"] or "?")[:10] + (" with changes" if p["commit"]["dirty"] else "")
-    device = (p.get("gpu") or {}).get("name") or (
-        f"{p['processor']['model']}, {p['processor']['cores']} cores, "
-        f"{p['threads']} thread{'s' if p['threads'] > 1 else ''}"
-    )
-    lines = [
-        f"`{part['command']}`  ",
-        f"{device}; torch {p['versions']['torch']}; commit {commit}.",
-    ]
-    if timed:
-        lines[-1] += f" Load {p['load'][0]:.1f} at the start."
-        lines += [f"Warning: {w}." for w in p.get("warnings", ())]
-    return "\n".join(lines)
 
 
 def versus(value: float, ours: float) -> str:
@@ -296,6 +272,13 @@ def size_section(results: Path, size: str, device: str) -> list[str]:
     return [p for p in parts if p]
 
 
+def gpu_costs(costs: dict[str, Any]) -> list[str]:
+    """Parameters, multiply-accumulates and memory as a GPU was measured to need them."""
+    if not costs:
+        return []
+    return [costs_table(costs), source(costs.get("memory", {}), timed=False), verdict(costs, True)]
+
+
 def page(results: Path, pictures: Sequence[str]) -> str:
     head = results / "headline"
     quality = read(head / "quality.jsonl")
@@ -335,8 +318,8 @@ def page(results: Path, pictures: Sequence[str]) -> str:
         "Random weights: costs only. Quality waits for a GPU to train on.",
         *size_section(results, "paper", "cpu"),
         "## On a GPU",
-        *size_section(results, "tiny", "cuda"),
-        *size_section(results, "paper", "cuda"),
+        *gpu_page.section(results),
+        *gpu_costs(gpu_page.newest(results).get("costs", {})),
         "What no GPU has run yet: `bench/results/STATUS.md`.",
     ]
     return "\n\n".join(s for s in sections if s) + "\n"
@@ -346,10 +329,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     args = parser.parse_args()
     pictures = results_plots.draw(args.results / "headline", args.out / "results")
     names = [p.relative_to(args.out).as_posix() for p in pictures]
     write_bytes(args.out / "results.md", page(args.results, names).encode())
+    readme = args.readme.read_text(encoding="utf-8")
+    write_bytes(args.readme, gpu_page.readme(readme, args.results).encode())
     print(args.out / "results.md")
 
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -61,7 +63,7 @@ class Stage:
             "stage": name,
             "dry": args.dry,
             "status": "partial",
-            "command": " ".join(["python", *sys.argv]),
+            "command": _command(sys.argv),
             "provenance": self._watch.record,
             "rows": self._kept(args.dry),
         }
@@ -129,6 +131,17 @@ class Stage:
         write_bytes(self.path, text.encode())
 
 
+def _command(words: Sequence[str]) -> str:
+    """The call as it is to be repeated: where results went and when it had to end are left out."""
+    kept, rest = ["python"], iter(words)
+    for word in rest:
+        if word in ("--out", "--minutes"):
+            next(rest, None)
+        else:
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def read(path: Path) -> dict[str, Any] | None:
     """A stage's file, None where there is none; ValueError where it is another kind of file."""
     if not path.is_file():
@@ -142,3 +155,15 @@ def read(path: Path) -> dict[str, Any] | None:
     if not good:
         raise ValueError(f"{path} is not the result of a stage; remove it or choose another --out")
     return values
+
+
+def mark_failed(path: Path, reason: str) -> None:
+    """Say in a stage's file that its command failed; what has another format is left as it is."""
+    try:
+        values = read(path)
+    except ValueError:
+        return
+    if values is not None:
+        values["status"] = "failed"
+        values.setdefault("error", reason)
+        write_bytes(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
