@@ -145,6 +145,7 @@ STAGES = {
         Planned("serving", 9.0, *script("serving.py", "--energy")),
         Planned("hot", 5.0, *script("hot_kernels.py", "--ncu")),
         Planned("ops", 9.0, *script("op_race.py", TRITON_INTERPRET="1")),
+        Planned("experiments", 6.0, *script("experiments.py")),
         Planned("tune", 9.0, *script("tune.py", TRITON_INTERPRET="1")),
         Planned("costs", 9.0, costs),
         *(Planned(f"train-{part}", 9.0, training(part)) for part in TRAINED),
@@ -154,13 +155,14 @@ STAGES = {
 # calls of ten minutes in the order in which they are worth most
 GROUPS = {
     "first": ("check", "sanitize"),
-    "second": ("step-1", "serving", "hot"),
+    "second": ("step-1", "serving"),
     "third": ("train-classifier", "train-score"),
-    "fourth": ("ops", "step-64"),
-    "fifth": ("tune", "costs"),
-    "sixth": ("train-unet-equal-total", "quality"),
-    "seventh": ("train-unet-equal-trainable", "step-8", "step-256"),
-    "eighth": ("train-vocoder",),
+    "fourth": ("hot", "experiments", "costs"),
+    "fifth": ("ops", "step-64"),
+    "sixth": ("tune",),
+    "seventh": ("train-unet-equal-total", "quality"),
+    "eighth": ("train-unet-equal-trainable", "step-8", "step-256"),
+    "ninth": ("train-vocoder",),
     "all": tuple(STAGES),
 }
 
