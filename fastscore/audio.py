@@ -9,16 +9,18 @@ import os
 import secrets
 import wave as wave_file
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import soundfile
 import torch
-import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastscore.audio_files import check_complete
 from fastscore.config import MelConfig
+
+if TYPE_CHECKING:
+    import soundfile
 
 # below this peak (-60 dBFS, mean removed) a recording holds nothing to classify or learn from
 SILENCE_PEAK = 1e-3
@@ -123,7 +125,10 @@ def resample(wave: Tensor, source: int, target: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _resampler(source: int, target: int) -> nn.Module:
-    # torchaudio.functional.resample with its filters kept between calls
+    # torchaudio.functional.resample with its filters kept between calls; imported here, as
+    # soundfile below: whoever computes with arrays does without
+    import torchaudio
+
     return torchaudio.transforms.Resample(source, target)
 
 
@@ -158,6 +163,8 @@ def load_audio(
     Raises ValueError for a file that is missing, empty, truncated, damaged, not audio, too long, or
     that holds NaN or infinite samples.
     """
+    import soundfile
+
     path = Path(path)
     check_complete(path)
     try:

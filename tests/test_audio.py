@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-import torchaudio
 
 from fastscore import audio
 from fastscore.audio import LogMel, fit_length, load_audio, mel_filterbank, resample, save_wav
 from fastscore.config import MelConfig
+
+soundfile = pytest.importorskip("soundfile")
+torchaudio = pytest.importorskip("torchaudio")
 
 CONFIGS = {
     "hop256": MelConfig(),

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from refusals import FileSizeLimit, everything
 from small_presets import speech_like
 
 from fastscore.cli import main
 from fastscore.denoiser import TapDenoiser
+
+soundfile = pytest.importorskip("soundfile")
 
 
 def audio(path, kind):

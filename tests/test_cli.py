@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from refusals import refusal
 from small_models import LABELS
@@ -17,6 +16,8 @@ from speech_folders import write_folder
 from fastscore import Pipeline, __version__
 from fastscore.checkpoint import load_checkpoint
 from fastscore.cli import main
+
+soundfile = pytest.importorskip("soundfile")
 
 COMMANDS = (
     ["sample"],

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from speech_folders import write_clip, write_folder
 
@@ -13,6 +12,8 @@ from fastscore import data
 from fastscore.audio import LogMel, fit_length, load_audio
 from fastscore.config import DIGITS, MelConfig
 from fastscore.data import MelSet, load_mels, load_waves
+
+soundfile = pytest.importorskip("soundfile")
 
 LABELS = ("one", "two", "three")
 

@@ -85,7 +85,7 @@ fastscore.inpaint                    torch .solver .trajectory |
 fastscore.checkpoint                 torch .files | safetensors
 fastscore.cache                      numpy tqdm |
 fastscore.folders                    .config | torchaudio
-fastscore.audio                      numpy torch torchaudio soundfile .audio_files .config |
+fastscore.audio                      numpy torch .audio_files .config | torchaudio soundfile
 fastscore.data                       numpy torch .audio .cache .config .folders |
 fastscore.layers                     torch kernels kernels.norm_act |
 fastscore.classifier                 torch .config .layers |

@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from small_models import LABELS
 from small_presets import MEL, SPACE, speech_like, write_preset
@@ -19,6 +18,8 @@ from fastscore.noise import NoiseSource
 from fastscore.presets import load_parts
 from fastscore.samplers import Guidance, SamplingCancelledError, euler_ancestral, schedule_for
 from fastscore.vocoder import vocode
+
+soundfile = pytest.importorskip("soundfile")
 
 MIXED = (None, "yes", "no", None, "up", "down", "yes")
 ALL = torch.ones(16, 24, dtype=torch.bool)
