@@ -1,6 +1,6 @@
 """Fixtures every test may use."""
 
-import interpreter  # noqa: F401  # before anything brings Triton
+import interpreter  # before anything brings Triton
 
 # isort: split
 import contextlib
@@ -26,7 +26,20 @@ from fastscore.stream import Stream
 # tests of threads choose their number themselves
 torch.set_num_threads(1)
 
+if torch.cuda.is_available():
+    # what kernels are held to here is exact to rounding; PyTorch lets convolutions use TF32
+    torch.backends.cudnn.allow_tf32 = False
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, ``-m gpu`` takes all that runs on it: tests of Triton kernels too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if interpreter.used_by(getattr(item, "module", None)):
+                item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

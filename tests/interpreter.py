@@ -6,6 +6,7 @@ decorated, its own library's included, so it must be set before triton is first 
 
 import os
 import sys
+from types import ModuleType
 
 import torch
 
@@ -19,6 +20,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # rounding it to nearest, which costs up to 2^-7 of a number, twice what a GPU loses.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 DTYPES = tuple(TOLERANCES)
+
+
+def used_by(module: ModuleType | None) -> bool:
+    """Whether a module of tests takes its device from here, or what makes tensors on it."""
+    own = {"DEVICE"} | {n for n, v in globals().items() if getattr(v, "__module__", "") == __name__}
+    return any(vars(module).get(n) is globals()[n] for n in own) if module else False
 
 
 def name(dtype: torch.dtype) -> str:

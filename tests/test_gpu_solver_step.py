@@ -62,8 +62,9 @@ def test_a_step_has_the_bits_of_the_reference(given, dtype):
         {**tensors, **narrow}.get(n) for n in ("raw", "guidance", "denoised", "old")
     )
     # magnitudes of every noise level: sums whose rounding a contraction would change
-    x = torch.randn(shape, device=DEVICE) * torch.tensor([40.0, 1.0, 0.01])[:, None, None, None]
-    coefficients = torch.randn(3, 7, device=DEVICE) * torch.logspace(-3, 3, 7)
+    levels = torch.tensor([40.0, 1.0, 0.01])[:, None, None, None]
+    x = (torch.randn(shape) * levels).to(DEVICE)
+    coefficients = (torch.randn(3, 7) * torch.logspace(-3, 3, 7)).to(DEVICE)
     words = counters(3) if "noise" in given else None
     z = None
     if words is not None:

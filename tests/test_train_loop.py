@@ -301,6 +301,7 @@ class TestSeveralProcesses:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_trains_on_a_gpu_with_batches_made_ahead(tmp_path):
+    pytest.importorskip("lightning_fabric", reason="training needs the extra train")
     config = replace(CONFIG, accelerator="cuda", precision="bf16-mixed", steps=60)
     record = run(Deconvolve(), config, tmp_path)
     assert record["device"] == "cuda"
