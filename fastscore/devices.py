@@ -15,6 +15,9 @@ BATCH_SIZES = {"cpu": 1, "cuda": 16}
 # what CUDA says of a device that will not come back; an error in a kernel takes the context with it
 _LOST = ("device-side assert", "illegal memory access", "device is unavailable", "launch failure")
 _LOST_TOO = ("unspecified launch", "uncorrectable ecc", "has fallen off the bus", "device lost")
+_LOST_AS_WELL = ("misaligned address", "illegal instruction", "launch timed out", "nvlink error")
+# libraries and Triton have memory of their own to ask for, and errors of their own
+_NO_MEMORY = ("cuda error: out of memory", "[cuda]: out of memory", "_alloc_failed")
 
 
 class DeviceLostError(RuntimeError):
@@ -24,13 +27,16 @@ class DeviceLostError(RuntimeError):
 def device_lost(error: BaseException) -> bool:
     """Whether an error says that the device cannot be used any more."""
     text = str(error).lower()
-    return "cuda" in text and any(sign in text for sign in (*_LOST, *_LOST_TOO))
+    return "cuda" in text and any(sign in text for sign in (*_LOST, *_LOST_TOO, *_LOST_AS_WELL))
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     # the CPU's allocator raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    text = str(error).lower()
+    return "can't allocate memory" in text or any(sign in text for sign in _NO_MEMORY)
 
 
 def usable_device(device: str | torch.device) -> torch.device:

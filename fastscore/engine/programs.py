@@ -39,6 +39,7 @@ class Program:
                 for name, t in inputs.items()
                 if t.device.type == "cpu"
             }
+        if self._staging:
             self._copied = torch.cuda.Event()
         self.recorded = recorder.record(lambda: function(self.buffers))
 

@@ -97,6 +97,13 @@ class GraphPool:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
 
+    @property
+    def reserved(self) -> int:
+        """Bytes of device memory that its graphs hold."""
+        # the device's total would not tell: what else lies idle is given back before a capture
+        held = torch.cuda.memory_snapshot(self.handle, include_traces=False)
+        return sum(segment["total_size"] for segment in held)
+
 
 class CudaGraphs:
     """Captures functions as CUDA graphs that share one pool.
@@ -112,7 +119,7 @@ class CudaGraphs:
         """Warm up, then capture."""
         start = time.perf_counter()
         with torch.cuda.device(self._device):
-            before = torch.cuda.memory_reserved()
+            before = self._pool.reserved
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
@@ -128,5 +135,5 @@ class CudaGraphs:
                 capture_error_mode="thread_local",
             ):
                 outputs = function()
-            memory = torch.cuda.memory_reserved() - before
+            memory = self._pool.reserved - before
         return Recorded(graph.replay, outputs, time.perf_counter() - start, memory)

@@ -29,7 +29,6 @@ _KERNELS = {
     "native_group_norm_backward": 3,
     "_fft_r2c": 2,
     "_fft_c2r": 2,
-    "cumsum": 2,
 }
 _NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "device", "sym_size", "detach")
 

@@ -23,7 +23,9 @@ from fastscore.devices import fp32_products
 _CACHES = Path("/sys/devices/system/cpu")
 # edge of the square products timed; a peak is the best of them
 _EDGES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
-# copies of a device's memory stay below this, whatever its caches are
+# memory is measured with so many times the largest cache, below a size: what a GPU's cache keeps
+# from one copy to the next would count as bandwidth
+_BEYOND = {"cpu": 4, "cuda": 16}
 _LARGEST = {"cpu": 2**29, "cuda": 2**30}
 _SMALLEST = 2**26
 # copies recorded in one CUDA graph, so that launches do not count
@@ -203,7 +205,7 @@ def _levels(device: torch.device, threads: int) -> Iterator[tuple[str, int | Non
         # half full: the other half is for what the machine does besides
         yield name, capacity, capacity // 2
         largest = max(largest, capacity)
-    size = min(max(4 * largest, _SMALLEST), _LARGEST[device.type])
+    size = min(max(_BEYOND[device.type] * largest, _SMALLEST), _LARGEST[device.type])
     yield "memory", None, size
 
 

@@ -184,8 +184,8 @@ class _Group:
             self._built[name] = built
         except WrongAnswerError as error:
             self._refused[name] = ("failed", str(error), error.check)
-        # a row that cannot run takes no other with it
-        except (RuntimeError, ValueError, MemoryError, ImportError) as error:
+        # a row that cannot run takes no other with it; Triton's errors are of no common kind
+        except Exception as error:
             self._refused[name] = ("failed", _sentence(error), None)
 
     def sittings(self) -> Iterator[None]:

@@ -137,6 +137,14 @@ class Stopwatch:
         self._wait()
         return (time.perf_counter() - start) / count
 
+    def takes(self, run: Run) -> float:
+        """Seconds of timing one call by the clock: of launches and flushes as well."""
+        if not self._events:
+            return self(run)
+        start = time.perf_counter()
+        self(run)
+        return time.perf_counter() - start
+
     def _by_events(self, run: Run, count: int) -> float:
         pairs = []
         with torch.cuda.device(self._device):
@@ -178,7 +186,7 @@ def reference_work(device: torch.device) -> Run:
 
 
 class Pace(NamedTuple):
-    """About how long a call takes, in seconds, and how many of them make a round."""
+    """About how long timing a call takes, in seconds, and how many of them make a round."""
 
     once: float
     repeats: int
@@ -263,9 +271,9 @@ class _Beside:
 
 
 def _warm(run: Run, watch: Stopwatch) -> float:
-    """Seconds a call after the first, which compiles and chooses algorithms."""
+    """Seconds that timing a call takes after the first, which compiles and chooses algorithms."""
     run()
-    return max(1e-9, min(watch(run, 1) for _ in range(3)))
+    return max(1e-9, min(watch.takes(run) for _ in range(3)))
 
 
 def _rotated(names: list[str], turn: int) -> list[str]:

@@ -188,7 +188,7 @@ class SpectralGenerator(nn.Module):
         f0 = self._stretch(f0.double())
         f0 = F.pad(f0.unsqueeze(1), (self._margin, self._margin), mode="replicate").squeeze(1)
         # cycles add up over a whole clip: fp32 would lose the phase of high harmonics
-        cycles = phase.unsqueeze(1) + (f0 / rate).cumsum(dim=1)
+        cycles = phase.unsqueeze(1) + _running_sum(f0 / rate)
         theta = (2 * math.pi * (cycles - cycles.floor())).float()
         count = (0.475 * rate / f0).float()
         whole = count.floor()
@@ -225,6 +225,15 @@ class SpectralGenerator(nn.Module):
         weight = (self.window**2).expand(1, frames.shape[1], n)
         wave = _overlap_add(frames, hop) / _overlap_add(weight, hop).clamp_min(1e-6)
         return wave[:, self._margin : wave.shape[1] - self._margin]
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    """Sums along the rows of x [B, T], which do not vary from call to call."""
+    if not x.is_cuda:
+        return x.cumsum(dim=1)
+    # a lone row is summed by as many blocks as there are, in the order they come by; of several
+    # rows each has its block
+    return torch.cat((x, x[:1])).cumsum(dim=1)[:-1]
 
 
 def _overlap_add(frames: Tensor, hop: int) -> Tensor:

@@ -76,7 +76,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     elif _visible.get() and not isinstance(kernel, InterpretedFunction):
         torch.library.wrap_triton(kernel)[grid](*args, **options)
     else:
-        kernel[grid](*args, **options)
+        # Triton launches on the current device, whatever device its arguments are on
+        with torch.cuda.device_of(args[0]):
+            kernel[grid](*args, **options)
 
 
 @contextmanager
