@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import imagined_models
 import torch
 from fastscore_kernels import resolve
 from fastscore_kernels.gpu import launch
@@ -192,6 +193,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found["trajectories"] = trajectories(write_preset(Path(folder) / "small"))
     found["steps"] = steps()
+    found["models"] = imagined_models.everything()
     json.dump(found, sys.stdout)
 
 

@@ -70,3 +70,16 @@ def test_fused_kernels_make_fewer_nodes(found):
     assert total("triton/fp32") < 0.7 * total("reference/fp32")
     steps = found["steps"]
     assert steps["paper/unguided"] < steps["paper/guided"] <= 320
+
+
+def test_networks_and_trainings_stay_on_the_device(found):
+    models = dict(found["models"])
+    assert models.pop("program") == [["copy_", "copy_"], []]
+    trainings = {f"train {task}/{b}" for task in ("score", "unet") for b in ("reference", "triton")}
+    assert trainings < models.keys()
+    assert len(models) == 17
+    for name, launches in models.items():
+        assert launches["transfers"] == [], name
+        other = models.get(name.replace("triton", "reference"))
+        assert other is None or launches["total"] <= other["total"]
+        assert launches["total"] > 50
