@@ -93,7 +93,7 @@ def test_several_folders_of_one_go(parcels, packed, tmp_path):
 
 
 def test_the_program_says_what_is_missing(packed, tmp_path):
-    sent, files = packed
+    sent, _ = packed
     (sent / "data-00002").unlink()
     command = [sys.executable, ROOT / "bench" / "parcels.py", "unpack", sent]
     run = subprocess.run(
@@ -231,7 +231,7 @@ def test_what_cannot_be_packed_is_refused(parcels, tmp_path):
     for size, prefix, text in ((0, "x", "too small"), (1, "../x", "--prefix")):
         with pytest.raises(ValueError, match=text):
             parcels.pack([source], tmp_path / "sent", size, prefix)
-    with pytest.raises(ValueError, match="no \\*.parcels.json there"):
+    with pytest.raises(ValueError, match=r"no \*\.parcels\.json there"):
         parcels.unpack([empty], tmp_path / "got")
     with pytest.raises(ValueError, match="not a folder"):
         parcels.unpack([tmp_path / "absent"], tmp_path / "got")
