@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from artifacts import ARTIFACTS, NETWORKS, assemble
 from fastscore.checkpoint import first_difference, load_checkpoint, save_checkpoint
 from fastscore.classifier import Classifier
 from fastscore.config import CLASSIFIERS, SUBNETS, UNETS, MelSpace, SigmaRange, to_dict
@@ -25,9 +26,8 @@ from fastscore.presets import CLASSIFIER, DEFAULTS, SCORE, VOCODER, load_parts, 
 from fastscore.subnet import ScoreSubnet
 from fastscore.unet import UNet
 
-OURS = "scoresubnet"
-BASELINES = ("unet-equal-trainable", "unet-equal-total")
-CONTESTANTS = (OURS, *BASELINES)
+CONTESTANTS = NETWORKS
+OURS, BASELINES = CONTESTANTS[0], CONTESTANTS[1:]
 SIZES = ("tiny", "paper")
 TITLES = {
     OURS: "ScoreSubnet",
@@ -36,7 +36,6 @@ TITLES = {
 }
 # the package's preset of size tiny, whose classifier, vocoder and sampling all of them share
 SHARED = "digits"
-ARTIFACTS = Path(__file__).resolve().parents[1] / "artifacts"
 RECIPE = (
     "fastscore train unet --preset {size}-{kind} --data ROOTS --classifier "
     "fastscore/presets/digits/classifier.safetensors --out FOLDER --threads 1 --validate-every 250"
@@ -48,11 +47,16 @@ def artifact(name: str) -> Path:
     return ARTIFACTS / f"{name}-tiny.safetensors"
 
 
-def trained_preset(name: str, folder: Path) -> Path | str:
-    """Preset of a contestant of size tiny: the package's own, or one put together in ``folder``.
+def trained_preset(
+    name: str, folder: Path, size: str = "tiny", vocoder: str = "digits"
+) -> Path | str:
+    """Preset of a contestant: the package's own of size tiny, or one put together in ``folder``.
 
-    ValueError where the baseline's weights are not there.
+    ``vocoder`` is one of `artifacts.VOCODERS`, for another size than tiny. ValueError where weights
+    are not there.
     """
+    if size != "tiny":
+        return assemble(size, folder, name, vocoder, ARTIFACTS)
     if name == OURS:
         return SHARED
     weights = artifact(name)

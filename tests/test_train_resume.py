@@ -67,6 +67,16 @@ class TestResume:
         run(Deconvolve(), CONFIG, tmp_path)
         assert_same_training(tmp_path, uninterrupted)
 
+    def test_time_that_is_up_finishes_the_step_and_saves(self, uninterrupted, tmp_path):
+        # a time that has come already leaves one step a call
+        for step in range(1, 4):
+            record = run(Deconvolve(), CONFIG, tmp_path, until=time.monotonic())
+            assert (record["steps"], record["finished"]) == (step, False)
+            assert record == json.loads((tmp_path / "run.json").read_text())
+            assert read_state(tmp_path)["step"] == step
+        assert run(Deconvolve(), CONFIG, tmp_path, until=time.monotonic() + 600)["finished"]
+        assert_same_training(tmp_path, uninterrupted)
+
     def test_a_finished_training_is_not_trained_again(self, uninterrupted, tmp_path):
         class Untouchable(Deconvolve):
             def batch(self, *_):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +104,12 @@ def _part(
     loop.add_argument("--log-every", type=int, metavar="STEPS")
     loop.add_argument("--checkpoint-minutes", type=float, metavar="M")
     loop.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="stop after so long, with the state written; the same command goes on",
+    )
+    loop.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -144,10 +152,16 @@ def run(args: argparse.Namespace) -> None:
     """Train and say where the result is."""
     from fastscore.train.loop import run as train
 
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes {args.minutes} must be positive")
+    until = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     task, loop = args.build(args)
-    record = train(task, loop, args.out, resume=args.resume, extend=args.extend)
+    record = train(task, loop, args.out, resume=args.resume, extend=args.extend, until=until)
     if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
-        print(args.out / f"{task.name}.safetensors")
+        if record["finished"]:
+            print(args.out / f"{task.name}.safetensors")
+        else:
+            print(f"stopped at step {record['steps']} of {loop.steps}; the same command goes on")
         found = ", ".join(f"{name} {value:.4g}" for name, value in record["validation"].items())
         print(f"{record['steps']} steps; validation: {found or 'none'}")
 

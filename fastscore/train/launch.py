@@ -127,6 +127,20 @@ def cpu_settings(num_threads: int | None) -> Iterator[None]:
 
 
 @contextmanager
+def gpu_settings(device: torch.device) -> Iterator[None]:
+    """On a GPU let cuDNN try its convolutions once a shape and keep the fastest; restored after.
+
+    Batches of a training have one shape, so what trying costs is paid in the first step alone.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for one training; ValueError when another one is writing into it."""
     try:

@@ -8,6 +8,7 @@ number of threads.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ import torch
 from fastscore.train.launch import (
     StopSignals,
     cpu_settings,
+    gpu_settings,
     launch,
     seed_device,
     sole_writer,
@@ -35,20 +37,28 @@ if TYPE_CHECKING:
 
 __all__ = ["DivergenceError", "LoopConfig", "Task", "learning_rate", "run"]
 
-# how often several processes agree on a stop signal, which costs them a synchronisation
+# how often several processes agree on whether to stop, which costs them a synchronisation
 _AGREE_EVERY = 10
+# why to stop; of several processes the largest holds
+_GO_ON, _TIME_IS_UP, _TOLD_TO = 0, 1, 2
 
 
 def run(
-    task: Task, config: LoopConfig, out: Path, resume: bool = True, extend: bool = False
+    task: Task,
+    config: LoopConfig,
+    out: Path,
+    resume: bool = True,
+    extend: bool = False,
+    until: float = math.inf,
 ) -> dict[str, Any]:
     """Train ``task``, resuming what ``out`` holds, and return the run record (``out/run.json``).
 
     Writes state.ckpt, <task.name>.safetensors, metrics.csv, run.json and tensorboard/ into ``out``.
     SIGINT and SIGTERM stop after the step, with the state written, and raise KeyboardInterrupt or
-    SystemExit. ``extend`` permits a resumed training a different ``steps``. Raises ValueError when
-    ``out`` holds a training of other settings, or any with ``resume`` off, and DivergenceError when
-    loss or gradients stay non-finite.
+    SystemExit. ``extend`` permits a resumed training a different ``steps``. After the step in which
+    time.monotonic() reaches ``until`` the state is written and the record of an unfinished training
+    returned. Raises ValueError when ``out`` holds a training of other settings, or any with
+    ``resume`` off, and DivergenceError when loss or gradients stay non-finite.
     """
     check_task(task)
     with cpu_settings(config.num_threads), ExitStack() as stack:
@@ -56,10 +66,11 @@ def run(
         if fabric.is_global_zero:
             stack.enter_context(sole_writer(Path(out)))
         fabric.barrier()
+        stack.enter_context(gpu_settings(fabric.device))
         training = _Training(task, config, Path(out), fabric)
         stack.callback(training.close)
         training.restore(resume, extend)
-        return training.run(stack.enter_context(StopSignals()))
+        return training.run(stack.enter_context(StopSignals()), until)
 
 
 class _Training:
@@ -117,8 +128,8 @@ class _Training:
         }
         write_state(self.out / "state.ckpt", self.identity | state)
 
-    def run(self, stop: StopSignals) -> dict[str, Any]:
-        """Take all remaining steps; returns the run record."""
+    def run(self, stop: StopSignals, until: float = math.inf) -> dict[str, Any]:
+        """Take all remaining steps that there is time for; returns the run record."""
         self._open()
         saved = time.monotonic()
         while self.step < self.config.steps:
@@ -127,13 +138,17 @@ class _Training:
             self.means.add(values)
             self.progress.update(values)
             self._report()
-            stopping = self._agree(stop.received is not None)
+            now = time.monotonic()
+            reason = _TIME_IS_UP if now >= until else _GO_ON
+            reason = self._agree(_TOLD_TO if stop.received is not None else reason)
             last = self.step == self.config.steps
-            if last or stopping or time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
+            if last or reason or now - saved >= 60 * self.config.checkpoint_minutes:
                 self.save()
                 saved = time.monotonic()
-            if stopping and not last:
+            if reason == _TOLD_TO and not last:
                 stop.stop()
+            if reason and not last:
+                return self._record()
         return self._finish()
 
     def _open(self) -> None:
@@ -155,20 +170,23 @@ class _Training:
         if self.first and not export.exists():
             with self.stepper.averaged() as modules:
                 self.task.export(modules, export)
-        if not self.first:
-            return self.fabric.broadcast(None)
-        return self.fabric.broadcast(
-            json.loads(record.read_text()) if record.exists() else self._write_record()
-        )
+        if self.first and not record.exists():
+            self._write_record()
+        return self._record()
 
-    def _agree(self, stopping: bool) -> bool:
-        """Whether any process was told to stop; several processes ask each other now and then."""
+    def _record(self) -> dict[str, Any]:
+        """The record as it was written, for every process."""
+        written = json.loads((self.out / "run.json").read_text()) if self.first else None
+        return self.fabric.broadcast(written)
+
+    def _agree(self, reason: int) -> int:
+        """Why to stop, if any process has a reason; several ask each other now and then."""
         if self.fabric.world_size == 1:
-            return stopping
+            return reason
         if self.step % _AGREE_EVERY and self.step != self.config.steps:
-            return False
-        flag = torch.tensor(float(stopping), device=self.fabric.device)
-        return bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
+            return _GO_ON
+        flag = torch.tensor(float(reason), device=self.fabric.device)
+        return int(self.fabric.all_reduce(flag, reduce_op="max"))
 
     def _report(self) -> None:
         """Means, and metrics of the averaged weights, where this step is due to report them."""

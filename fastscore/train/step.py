@@ -42,7 +42,10 @@ class Batches:
     def __init__(self, task: Task, config: LoopConfig, fabric: Fabric) -> None:
         self._task, self._config, self._fabric = task, config, fabric
         # on a CPU a second thread would only take cores from the training
-        self._pool = None if fabric.device.type == "cpu" else ThreadPoolExecutor(1)
+        self._pool: ThreadPoolExecutor | None = None
+        if fabric.device.type == "cuda":
+            # pinning belongs to the thread's own device
+            self._pool = ThreadPoolExecutor(1, None, torch.cuda.set_device, (fabric.device,))
         self._next: tuple[int, Future[dict[str, Any]]] | None = None
 
     def get(self, step: int) -> dict[str, Any]:
@@ -63,7 +66,11 @@ class Batches:
     def _make(self, step: int) -> dict[str, Any]:
         rank, world = self._fabric.global_rank, self._fabric.world_size
         rng = torch.Generator().manual_seed(stream_seed(self._config.seed, step, rank, "batch"))
-        return self._task.batch(step, rng, rank, world)
+        batch = self._task.batch(step, rng, rank, world)
+        if self._pool is None:
+            return batch
+        # a copy from pinned memory does not keep the host from starting the step
+        return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 class Stepper:
