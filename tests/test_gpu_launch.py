@@ -8,8 +8,9 @@ from interpreter import activation
 
 # isort: split
 from fastscore_kernels.gpu import launch, shapes
+from fastscore_kernels.gpu.cases import cases
 from fastscore_kernels.gpu.norm_act import norm_act
-from fastscore_kernels.gpu.plans import plan_norm, plan_taps
+from fastscore_kernels.gpu.plans import norm_rule, plan_norm, plan_taps, taps_rule
 
 
 def taps():
@@ -69,6 +70,45 @@ def test_a_table_replaces_the_rule(tmp_path, monkeypatch):
             assert plan_norm("norm_act", x, 2, 1).warps != 16
     finally:
         launch.table.cache_clear()
+
+
+def test_choices_tell_problem_rule_and_answer():
+    x = activation(1, 8, 2, 2)
+    weight = torch.ones(8)
+    with launch.choices() as found, launch.record(launch.DEVICES["sm_90"]):
+        norm_act(x, weight, weight, None, 2, True, 1e-5)
+        with launch.parameters("norm_act", warps=16):
+            norm_act(x, weight, weight, None, 2, True, 1e-5)
+    # outside nothing is collected any more
+    with launch.record(launch.DEVICES["sm_90"]):
+        norm_act(x, weight, weight, None, 2, True, 1e-5)
+    assert [c.op for c in found] == ["norm_act", "norm_act"]
+    assert {c.key for c in found} == {"dtype=float32 rows=1 channels=8 positions=4 groups=2 last=1"}
+    assert [c.chosen["warps"] for c in found] == [1, 16]
+    assert found[0].rule == found[1].rule == found[0].chosen
+
+
+def test_moments_of_a_tap_path_are_a_problem_of_their_own():
+    """They serve another reader than those of tap_norm: a table may split them differently."""
+    with launch.choices() as found, launch.record(launch.DEVICES["sm_90"]):
+        for case in cases(ops=("tap_path", "tap_norm"), presets=("tiny",), batches=(1,)):
+            case.call()
+    own = {c.key for c in found if c.op == "tap_norm"}
+    assert own == {c.key for c in found if c.op == "tap_path_moments"}
+    assert {c.op for c in found} == {
+        *("tap_norm", "tap_path_own", "tap_path_project", "tap_path_attend", "tap_path_moments")
+    }
+
+
+def test_a_norm_can_be_told_to_take_one_launch_or_two():
+    shape = {"dtype": "bfloat16", "rows": 1, "channels": 192, "positions": 1280, "groups": 8}
+    shape["last"] = 1
+    by_itself, one = (norm_rule("norm_act", shape, 132, split) for split in (None, False))
+    assert by_itself == norm_rule("norm_act", shape, 132, True)
+    assert by_itself["splits"] > 1 == one["splits"]
+    assert [taps_rule(shape, 132, split)["splits"] > 1 for split in (None, True, False)] == [
+        *(True, True, False)
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(launch.TABLES.glob("*.json")), ids=lambda p: p.stem)

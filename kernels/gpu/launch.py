@@ -58,6 +58,19 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One answer of `choose`: the operation, a table's key for the problem, the rule's parameters.
+
+    ``chosen`` are the parameters after the device's table and `parameters`.
+    """
+
+    op: str
+    key: str
+    rule: Mapping[str, int]
+    chosen: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class _Recording:
     device: Device
     launches: list[Launch]
@@ -66,6 +79,7 @@ class _Recording:
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 _overrides: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("overrides", default={})  # noqa: B039
 _visible: ContextVar[bool] = ContextVar("visible", default=False)
+_choices: ContextVar[list[Choice] | None] = ContextVar("choices", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -103,6 +117,17 @@ def record(device: Device) -> Iterator[list[Launch]]:
 
 
 @contextmanager
+def choices() -> Iterator[list[Choice]]:
+    """Collect what `choose` is asked inside, and answers; whether launches are made or recorded."""
+    found: list[Choice] = []
+    token = _choices.set(found)
+    try:
+        yield found
+    finally:
+        _choices.reset(token)
+
+
+@contextmanager
 def parameters(op: str, **values: int) -> Iterator[None]:
     """Replace some launch parameters of ``op`` inside: for measurements and for tests."""
     token = _overrides.set({**_overrides.get(), op: values})
@@ -128,14 +153,17 @@ def _cuda_device(index: int) -> Device:
 
 def choose(op: str, device: Device, shape: Mapping[str, Any], rule: Mapping[str, int]) -> dict:
     """The rule's launch parameters, with what the table of the device or a test puts in place."""
-    chosen = dict(rule)
-    chosen.update(table(device.arch).get(op, {}).get(shape_key(shape), {}))
+    chosen, key = dict(rule), shape_key(shape)
+    chosen.update(table(device.arch).get(op, {}).get(key, {}))
     chosen.update(_overrides.get().get(op, {}))
     unknown = chosen.keys() - rule.keys()
     if unknown:
         raise ValueError(
             f"{op} has no launch parameter {sorted(unknown)[0]!r}; it has {', '.join(rule)}"
         )
+    noted = _choices.get()
+    if noted is not None:
+        noted.append(Choice(op, key, dict(rule), dict(chosen)))
     return chosen
 
 

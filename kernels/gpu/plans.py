@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from fastscore_kernels.gpu.launch import ceil_div, choose, device_of, is_last, power_of_two
 from torch import Tensor
 
@@ -45,19 +48,38 @@ class NormPlan:
 
 def plan_norm(op: str, x: Tensor, groups: int, rows: int) -> NormPlan:
     """Plan for x [B, C, H, W] in ``groups`` groups, with ``rows`` samples to work on."""
-    channels, positions = int(x.shape[1]), int(x.shape[2] * x.shape[3])
-    per_group = channels // groups
-    last, device = is_last(x), device_of(x)
-    bundle = _narrow(groups, per_group, x.element_size()) if last else 1
-    programs = int(rows) * (groups // bundle)
-    size = bundle * per_group * positions
-    split = programs < device.multiprocessors and size > _SPLIT_ABOVE
+    shape, device = _shape(x, rows, groups), device_of(x)
+    rule = norm_rule(op, shape, device.multiprocessors)
+    return _checked(choose(op, device, shape, rule), shape)
+
+
+def plan_taps(op: str, x: Tensor, groups: int, split: bool | None = None) -> NormPlan:
+    """Plan for the taps x [B, C, H, W]; ``split`` forces two launches or one."""
+    shape, device = _shape(x, int(x.shape[0]), groups), device_of(x)
+    rule = taps_rule(shape, device.multiprocessors, split)
+    return _checked(choose(op, device, shape, rule), shape)
+
+
+def norm_rule(
+    op: str, shape: Mapping[str, Any], multiprocessors: int, split: bool | None = None
+) -> dict[str, int]:
+    """Launch parameters of a norm of ``shape``, as a table's key has it.
+
+    ``split`` forces two launches or one; None decides by how many programs keep a device busy.
+    """
+    groups, positions, last = shape["groups"], shape["positions"], bool(shape["last"])
+    per_group = shape["channels"] // groups
+    bundle = _narrow(groups, per_group, _itemsize(shape)) if last else 1
+    programs = shape["rows"] * (groups // bundle)
+    if split is None:
+        large = bundle * per_group * positions > _SPLIT_ABOVE
+        split = programs < multiprocessors and large
     if split and last:
         bundle = _wide(groups, per_group)
     if split:
         rule = _split_rule(positions, per_group * bundle, last)
-        bundles = int(rows) * (groups // bundle)
-        rule["splits"] = ceil_div(2 * device.multiprocessors, bundles)
+        bundles = shape["rows"] * (groups // bundle)
+        rule["splits"] = ceil_div(2 * multiprocessors, bundles)
     else:
         # backward has two inputs and two sums an element: half as many elements a thread
         backward = op == "norm_act_backward"
@@ -65,38 +87,40 @@ def plan_norm(op: str, x: Tensor, groups: int, rows: int) -> NormPlan:
         rule = _whole_rule(positions, per_group * bundle, last, whole)
         rule["warps"] = min(16, rule["warps"] * (2 if backward else 1))
     rule["bundle"] = bundle
-    return _checked(choose(op, device, _key(x, rows, groups), rule), channels, groups, positions)
+    return rule
 
 
-def plan_taps(op: str, x: Tensor, groups: int, split: bool | None = None) -> NormPlan:
-    """Plan for the taps x [B, C, H, W]; ``split`` forces two launches or one.
+def taps_rule(
+    shape: Mapping[str, Any], multiprocessors: int, split: bool | None = None
+) -> dict[str, int]:
+    """Launch parameters for the taps of ``shape``; ``split`` forces two launches or one.
 
     In one launch every program reads the whole gradient: for samples so small that this costs less
     than a launch.
     """
-    batch, channels, positions = int(x.shape[0]), int(x.shape[1]), int(x.shape[2] * x.shape[3])
-    per_group = channels // groups
-    last, device = is_last(x), device_of(x)
+    groups, positions, batch = shape["groups"], shape["positions"], shape["rows"]
+    per_group = shape["channels"] // groups
     if split is None:
-        split = channels * positions > _LONE_TAP
+        split = shape["channels"] * positions > _LONE_TAP
     if split:
         bundle = _wide(groups, per_group)
         # half a tile of fp32 numbers takes the registers of a whole one when squares are fp64
-        rule = _split_rule(positions, per_group * bundle, last, _TILE // 2)
+        rule = _split_rule(positions, per_group * bundle, bool(shape["last"]), _TILE // 2)
         rule["warps"] = 8
         # every later program combines the moments of all stretches, in fp64
-        most = ceil_div(2 * device.multiprocessors, batch * (groups // bundle))
+        most = ceil_div(2 * multiprocessors, batch * (groups // bundle))
         rule["splits"] = min(64, most)
     else:
         # taps are written with channels side by side, whatever they are read from
-        bundle = _narrow(groups, per_group, x.element_size())
+        bundle = _narrow(groups, per_group, _itemsize(shape))
         rule = _whole_rule(positions, per_group * bundle, True)
         rule["warps"] = min(16, 2 * rule["warps"])
     rule["bundle"] = bundle
-    return _checked(choose(op, device, _key(x, batch, groups), rule), channels, groups, positions)
+    return rule
 
 
-def _key(x: Tensor, rows: int, groups: int) -> dict[str, int | str]:
+def _shape(x: Tensor, rows: int, groups: int) -> dict[str, int | str]:
+    """Sizes that a table's key is made of."""
     return {
         "dtype": str(x.dtype).removeprefix("torch."),
         "rows": int(rows),
@@ -105,6 +129,10 @@ def _key(x: Tensor, rows: int, groups: int) -> dict[str, int | str]:
         "groups": groups,
         "last": int(is_last(x)),
     }
+
+
+def _itemsize(shape: Mapping[str, Any]) -> int:
+    return getattr(torch, shape["dtype"]).itemsize
 
 
 def _narrow(groups: int, per_group: int, itemsize: int) -> int:
@@ -137,7 +165,8 @@ def _whole_rule(positions: int, channels: int, last: bool, whole: int = _WHOLE) 
     return {"block_n": block_n, "warps": warps, "splits": 1}
 
 
-def _checked(chosen: dict[str, int], channels: int, groups: int, positions: int) -> NormPlan:
+def _checked(chosen: dict[str, int], shape: Mapping[str, Any]) -> NormPlan:
+    channels, groups, positions = shape["channels"], shape["groups"], shape["positions"]
     bundle, block_n = chosen["bundle"], power_of_two(max(1, chosen["block_n"]))
     if bundle < 1 or groups % bundle:
         raise ValueError(f"bundle {bundle} must divide {groups} groups")
@@ -159,4 +188,4 @@ def _checked(chosen: dict[str, int], channels: int, groups: int, positions: int)
     )
 
 
-__all__ = ["NormPlan", "plan_norm", "plan_taps"]
+__all__ = ["NormPlan", "norm_rule", "plan_norm", "plan_taps", "taps_rule"]

@@ -237,7 +237,7 @@ def _project(
         "stages": 2,
     }
     plan = plan_scale("tap_path_project", f, sizes, rule)
-    stretches = plan_taps("tap_norm", f, sizes.groups, split=True)
+    stretches = plan_taps("tap_path_moments", f, sizes.groups, split=True)
     partial = moments(f, g, stretches, sizes.groups) if plan["known"] else log_rms
     columns = ceil_div(sizes.width, plan["block_w"])
     tiles = ceil_div(sizes.positions, plan["block_m"])

@@ -178,7 +178,7 @@ def own_positions(
         "stages": 2,
     }
     plan = plan_scale("tap_path_own", f, sizes, rule)
-    stretches = plan_taps("tap_norm", f, sizes.groups, split=True)
+    stretches = plan_taps("tap_path_moments", f, sizes.groups, split=True)
     # without moments of stretches their place is taken by a tensor that nobody reads
     partial = moments(f, g, stretches, sizes.groups) if plan["known"] else log_rms
     launch(
