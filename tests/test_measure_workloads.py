@@ -106,6 +106,33 @@ def test_every_operation_has_a_case_whose_answers_agree(name, backend):
     )
 
 
+@pytest.mark.parametrize("dtype", operations.DTYPES, ids=str)
+@pytest.mark.parametrize("name", list(operations._CASES))
+@torch.no_grad()
+def test_every_operation_is_near_the_exact_answer_in_every_dtype(name, dtype, backend):
+    case = operations.case(tiny(name), CPU, dtype)
+    exact = operations.exact(tiny(name), CPU, dtype)
+    runs = {"eager": case.run("eager"), backend: case.run(backend)}
+    checks = {n: check_equal({"exact": exact, n: run()}, case.tolerance) for n, run in runs.items()}
+    floats = [t for t in case.arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if name != "normals":
+        assert dtype in {t.dtype for t in floats}
+    if dtype == torch.bfloat16 and name in ("norm_act", "norm_act_vjp", "tap_norm", "tap_fuse"):
+        # the answer is of the rounded operands, but not rounded itself
+        assert exact[0].dtype == torch.float64
+        assert checks["eager"].error > 1e-5
+    # operands of another seed are others, of the same kind
+    other = operations.case(tiny(name), CPU, dtype, seed=1)
+    if name != "normals":
+        with pytest.raises(WrongAnswerError):
+            check_equal({"exact": exact, "other": other.run("eager")()}, case.tolerance)
+
+
+def test_a_dtype_that_is_not_measured_is_refused():
+    with pytest.raises(ValueError, match=r"float16 are not measured; use float32 or bfloat16"):
+        operations.case(tiny("norm_act"), CPU, torch.float16)
+
+
 @pytest.mark.parametrize("model", ["taps", "pair"])
 @pytest.mark.parametrize("guided", [False, True])
 @torch.no_grad()

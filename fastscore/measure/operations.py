@@ -6,6 +6,7 @@ Inputs are drawn from a fixed seed: what two processes compute is the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,14 @@ from fastscore.measure.workloads import Op
 
 Function = Callable[..., Any]
 EPS = 1e-5
+# what operands may be of
+DTYPES = (torch.float32, torch.bfloat16)
+# of bf16 one rounding costs 2^-9 of a number. Plain PyTorch rounds after each of its operations:
+# after norm, FiLM's two and SiLU, or after weights and values of an attention, four or five times,
+# of numbers up to twice the largest answer
+_BF16 = 2**-6
+# and in a whole path taps, queries, keys, values, fused tokens and two products one after the other
+_PATH_BF16 = 2**-5
 
 
 class Case(NamedTuple):
@@ -52,27 +61,74 @@ class Case(NamedTuple):
             return lambda: self.eager(*self.arguments)
         return self.ours(backend)
 
+    def compiler(self) -> Function:
+        """torch.compile of the plain operations, for ``arguments`` and others of their shapes."""
+        torch._dynamo.reset()
+        return torch.compile(self.compilable or self.eager, fullgraph=True, dynamic=False)
+
     def compiled(self) -> Callable[[], Any]:
         """A call of torch.compile of the plain operations, for this one shape."""
-        torch._dynamo.reset()
-        function = torch.compile(self.compilable or self.eager, fullgraph=True, dynamic=False)
+        function = self.compiler()
         return lambda: function(*self.arguments)
 
 
-def case(op: Op, device: torch.device) -> Case:
-    """The operation of a workload, with operands built anew."""
+def case(op: Op, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
+    """The operation of a workload, with operands of ``dtype`` built anew from ``seed``.
+
+    fp32 or bf16; what a solver keeps from step to step is fp32 in both. ValueError for another.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"operands of {dtype} are not measured; use float32 or bfloat16")
+    return _built(op, _Operands(op, device, dtype, None), seed)
+
+
+def exact(op: Op, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The answer for the operands of ``case(op, device, dtype)``, by plain PyTorch in float64."""
+    with torch.no_grad():
+        return _built(op, _Operands(op, device, dtype, torch.float64), 0).run("eager")()
+
+
+def _built(op: Op, operands: _Operands, seed: int) -> Case:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _CASES[op.op](op, device)
+        torch.manual_seed(seed)
+        return _CASES[op.op](op, operands)
 
 
-def _activation(op: Op, device: torch.device, channels: int | None = None) -> Tensor:
-    shape = (op.batch, channels or op.channels, op.height, op.width)
-    return torch.randn(shape).to(device).contiguous(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class _Operands:
+    """Draws operands: numbers rounded to ``dtype``, and held as ``wide`` where that is given."""
 
+    op: Op
+    device: torch.device
+    dtype: torch.dtype
+    wide: torch.dtype | None
 
-def _vectors(op: Op, device: torch.device, count: int) -> list[Tensor]:
-    return [torch.randn(op.channels).to(device) for _ in range(count)]
+    @property
+    def narrow(self) -> bool:
+        """Whether operands are rounded to bf16."""
+        return self.dtype == torch.bfloat16
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation's element."""
+        return self.dtype.itemsize
+
+    def held(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``x`` on the device, rounded."""
+        x = x.to(self.device, dtype or self.dtype)
+        return x if self.wide is None else x.to(self.wide)
+
+    def activation(self, channels: int | None = None, scale: float = 1.0) -> Tensor:
+        """[batch, channels, height, width], channels-last."""
+        op = self.op
+        x = torch.randn(op.batch, channels or op.channels, op.height, op.width)
+        if scale != 1.0:
+            x = scale * x
+        return self.held(x).contiguous(memory_format=torch.channels_last)
+
+    def vectors(self, count: int) -> list[Tensor]:
+        """``count`` times [channels]."""
+        return [self.held(torch.randn(self.op.channels)) for _ in range(count)]
 
 
 def _norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, film: Tensor) -> Tensor:
@@ -80,34 +136,34 @@ def _norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, film: Tensor) ->
     return F.silu(F.group_norm(x, groups, weight, bias) * (1 + scale) + shift)
 
 
-def _norm_arguments(op: Op, device: torch.device) -> tuple[Any, ...]:
-    film = torch.randn(op.batch, 2 * op.channels).to(device)
-    return (_activation(op, device), op.groups, *_vectors(op, device, 2), film)
+def _norm_arguments(op: Op, operands: _Operands) -> tuple[Any, ...]:
+    film = operands.held(torch.randn(op.batch, 2 * op.channels))
+    return (operands.activation(), op.groups, *operands.vectors(2), film)
 
 
-def _norm_act(op: Op, device: torch.device) -> Case:
-    arguments = _norm_arguments(op, device)
-    moved = traffic.norm_act(op.batch, op.channels, op.positions, 4)
+def _norm_act(op: Op, operands: _Operands) -> Case:
+    arguments = _norm_arguments(op, operands)
+    moved = traffic.norm_act(op.batch, op.channels, op.positions, operands.itemsize)
     return Case(
         arguments,
         _norm,
         lambda backend: lambda: norm_act(*arguments, backend=backend),
-        2e-5,
+        _BF16 if operands.narrow else 2e-5,
         moved,
     )
 
 
-def _norm_act_vjp(op: Op, device: torch.device) -> Case:
-    x, *rest = _norm_arguments(op, device)
-    cotangent = _activation(op, device)
+def _norm_act_vjp(op: Op, operands: _Operands) -> Case:
+    x, *rest = _norm_arguments(op, operands)
+    cotangent = operands.activation()
     leaf = x.clone().requires_grad_()
     with torch.enable_grad():
         y = _norm(leaf, *rest)
 
-    def eager(cotangent: Tensor) -> Tensor:
+    def eager(cotangent: Tensor, *_: Any) -> Tensor:
         return torch.autograd.grad(y, leaf, cotangent, retain_graph=True)[0]
 
-    def pull(cotangent: Tensor) -> Tensor:
+    def pull(cotangent: Tensor, x: Tensor, *rest: Any) -> Tensor:
         # from the input again: compiled functions keep nothing of an earlier pass
         return torch.func.vjp(lambda t: _norm(t, *rest), x)[1](cotangent)[0]
 
@@ -115,62 +171,72 @@ def _norm_act_vjp(op: Op, device: torch.device) -> Case:
         pull_back = norm_act_linearize(x, *rest, backend=backend)[1]
         return lambda: pull_back(cotangent)
 
-    moved = traffic.norm_act_backward(op.batch, op.channels, op.positions, 4)
-    return Case((cotangent,), eager, ours, 2e-5, moved, pull)
+    moved = traffic.norm_act_backward(op.batch, op.channels, op.positions, operands.itemsize)
+    tolerance = _BF16 if operands.narrow else 2e-5
+    return Case((cotangent, x, *rest), eager, ours, tolerance, moved, pull)
 
 
-def _tap_norm(op: Op, device: torch.device) -> Case:
-    feature, gradient = _activation(op, device), 1e-6 * _activation(op, device)
-    arguments = (feature, gradient, op.groups, *_vectors(op, device, 4))
+def _tap_norm(op: Op, operands: _Operands) -> Case:
+    feature, gradient = operands.activation(), operands.activation(scale=1e-6)
+    arguments = (feature, gradient, op.groups, *operands.vectors(4))
     return Case(
         arguments,
         lambda *a: reference.tap_norm(*a, EPS),
         lambda backend: lambda: tap_norm(*arguments, backend=backend),
-        2e-5,
-        traffic.tap_norm(op.batch, op.channels, op.positions, 4),
+        _BF16 if operands.narrow else 2e-5,
+        traffic.tap_norm(op.batch, op.channels, op.positions, operands.itemsize),
     )
 
 
-def _tap_fuse(op: Op, device: torch.device) -> Case:
-    q, *taps = (_activation(op, device, op.fused * n) for n in (1, 2, 2))
+def _tap_fuse(op: Op, operands: _Operands) -> Case:
+    q, *taps = (operands.activation(op.fused * n) for n in (1, 2, 2))
     arguments = (q, *taps, op.heads, op.spatial)
-    moved = traffic.tap_fuse(op.batch, op.fused, op.positions, 4, spatial=op.spatial)
+    sizes = (op.batch, op.fused, op.positions, operands.itemsize)
     return Case(
         arguments,
         reference.tap_fuse,
         lambda backend: lambda: tap_fuse(*arguments, backend=backend),
-        2e-5,
-        moved,
+        _BF16 if operands.narrow else 2e-5,
+        traffic.tap_fuse(*sizes, spatial=op.spatial),
     )
 
 
-def _tap_path(op: Op, device: torch.device) -> Case:
+def _tap_path(op: Op, operands: _Operands) -> Case:
     """Norms, 1 x 1 convolutions, attention and residual of a scale: matrix products included."""
-    feature, gradient = _activation(op, device), 1e-6 * _activation(op, device)
-    norms, weights, w, c = Norms(*_vectors(op, device, 4)), [], op.fused, op.channels
+    feature, gradient = operands.activation(), operands.activation(scale=1e-6)
+    norms, weights, w, c = Norms(*operands.vectors(4)), [], op.fused, op.channels
     for rows, columns in ((w, c), (2 * w, c), (2 * w, c), (w, 2 * c), (w, w)):
-        weights.append((torch.randn(rows, columns, 1, 1) / columns**0.5).to(device))
-        weights.append(torch.randn(rows).to(device))
+        weights.append(operands.held(torch.randn(rows, columns, 1, 1) / columns**0.5))
+        weights.append(operands.held(torch.randn(rows)))
     rest = (norms, Projections(*weights), op.groups, op.heads, op.spatial)
+    arguments = (feature, gradient, *rest)
     return Case(
-        (feature, gradient),
-        lambda f, g: tap_path(f, g, *rest, backend="reference"),
-        lambda backend: lambda: tap_path(feature, gradient, *rest, backend=backend),
-        1e-4,
+        arguments,
+        lambda *a: tap_path(*a, backend="reference"),
+        lambda backend: lambda: tap_path(*arguments, backend=backend),
+        _PATH_BF16 if operands.narrow else 1e-4,
     )
 
 
-def _solver_tensors(op: Op, device: torch.device) -> tuple[Tensor, ...]:
+def _solver_tensors(op: Op, operands: _Operands) -> tuple[Tensor, ...]:
     shape = (op.batch, op.channels, op.height, op.width)
-    x, raw, guidance, old = (torch.randn(shape).to(device) for _ in range(4))
+    state = torch.float32
+    x, raw, guidance, old = (torch.randn(shape) for _ in range(4))
     numbers = (torch.arange(op.batch), torch.zeros(op.batch), torch.full((op.batch,), 7))
-    counters = torch.stack(numbers, dim=1).long().to(device)
-    return x, raw, guidance, old, torch.randn(op.batch, 7).to(device), counters
+    counters = torch.stack(numbers, dim=1).long().to(operands.device)
+    return (
+        operands.held(x, state),
+        operands.held(raw),
+        operands.held(guidance),
+        operands.held(old, state),
+        operands.held(torch.randn(op.batch, 7), state),
+        counters,
+    )
 
 
-def _solver_step(op: Op, device: torch.device, noisy: bool = True) -> Case:
-    """The eager step draws the same counter-based noise."""
-    x, raw, guidance, old, coefficients, counters = _solver_tensors(op, device)
+def _solver_step(op: Op, operands: _Operands, noisy: bool = True) -> Case:
+    """The eager step draws the same counter-based noise; sums are fp32 in both dtypes."""
+    x, raw, guidance, old, coefficients, counters = _solver_tensors(op, operands)
     size = x[0].numel()
 
     def eager(x: Tensor, raw: Tensor, guidance: Tensor, old: Tensor, c: Tensor, n: Tensor) -> Any:
@@ -187,11 +253,12 @@ def _solver_step(op: Op, device: torch.device, noisy: bool = True) -> Case:
         eager,
         lambda backend: lambda: solver_step(x, coefficients, **named, backend=backend),
         1e-5,
-        traffic.solver_step(op.batch, size, 4),
+        traffic.solver_step(op.batch, size, operands.itemsize),
     )
 
 
-def _normals(op: Op, device: torch.device) -> Case:
+def _normals(op: Op, operands: _Operands) -> Case:
+    device = operands.device
     seeds = torch.arange(op.batch, device=device)
     size = op.channels * op.positions
     arguments = (seeds, torch.zeros_like(seeds), torch.tensor([7], device=device), size)
@@ -204,13 +271,13 @@ def _normals(op: Op, device: torch.device) -> Case:
     )
 
 
-_CASES: dict[str, Callable[[Op, torch.device], Case]] = {
+_CASES: dict[str, Callable[[Op, _Operands], Case]] = {
     "norm_act": _norm_act,
     "norm_act_vjp": _norm_act_vjp,
     "tap_norm": _tap_norm,
     "tap_fuse": _tap_fuse,
     "tap_path": _tap_path,
     "solver_step": _solver_step,
-    "solver_step_without_noise": lambda op, device: _solver_step(op, device, noisy=False),
+    "solver_step_without_noise": lambda op, operands: _solver_step(op, operands, noisy=False),
     "normals": _normals,
 }
