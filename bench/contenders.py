@@ -39,6 +39,9 @@ def contenders(problem: Problem, backend: str) -> dict[str, Contender]:
         EAGER: Contender(lambda case: case.run(EAGER)),
         COMPILE: Contender(_compiled(lambda case: case.compiler(), _plain), compiles=True),
     }
+    if problem.op.op == "norm_act_vjp":
+        # ATen's own kernels on what the forward pass left, without autograd's threads
+        found["aten"] = Contender(lambda case: case.run("reference"))
     if problem.op.spatial:
         found |= _attentions(problem.op.op)
     return found
