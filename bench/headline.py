@@ -43,6 +43,7 @@ from fastscore.measure.timing import (
 from fastscore.packed import pack
 from fastscore.presets import load_parts
 from fastscore.samplers import sampler_named, schedule_for
+from fastscore.stacked import stack
 
 FORMAT, VERSION = "fastscore-headline", 1
 PARTS = ("static", "memory", "time", "energy")
@@ -62,6 +63,8 @@ def prepared(contestant: str, size: str, guided: bool, mode: str, device: torch.
     set_backend(net, native if mode == "engine" else "reference")
     if mode == "engine" and device.type == "cpu":
         pack(net)
+    if mode == "engine" and device.type == "cuda":
+        stack(net)
     return net
 
 

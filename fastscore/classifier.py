@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig
-from fastscore.layers import Conv2d, Linear, NoiseEmbedding, NormAct, Pull, ResBlock, chain
+from fastscore.layers import (
+    Condition,
+    Conditioned,
+    Conv2d,
+    Linear,
+    NoiseEmbedding,
+    NormAct,
+    Pull,
+    ResBlock,
+    chain,
+)
 
 # cotangents of the logits to cotangents of all taps, shallowest first
 PullTaps = Callable[[Tensor], tuple[Tensor, ...]]
@@ -29,7 +39,7 @@ class Stage(nn.Module):
             for _ in range(config.blocks[index])
         )
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, emb: Condition) -> Tensor:
         """Map the previous stage's tap to this stage's."""
         if self.down is not None:
             h = self.down(h)
@@ -37,7 +47,7 @@ class Stage(nn.Module):
             h = block(h, emb)
         return h
 
-    def linearize(self, h: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
+    def linearize(self, h: Tensor, emb: Condition) -> tuple[Tensor, Pull]:
         """``forward`` without dropout and its pull-back to h."""
         pulls = []
         if self.down is not None:
@@ -49,7 +59,7 @@ class Stage(nn.Module):
         return h, chain(pulls)
 
 
-class Classifier(nn.Module):
+class Classifier(Conditioned):
     """Residual classifier f(c_in x, c_noise) -> logits, with one tap a stage.
 
     It is split at its shallowest tap: ``lower`` maps the input to that tap and ``upper`` maps the
@@ -70,21 +80,21 @@ class Classifier(nn.Module):
         self.norm = NormAct(last, config.groups)
         self.head = Linear(last, len(config.labels))
 
-    def embed(self, c_noise: Tensor) -> Tensor:
-        """Noise embedding, [B] -> [B, emb_dim]."""
-        return self.embedding(c_noise)
+    def embed(self, c_noise: Tensor) -> Condition:
+        """Noise embedding, [B] -> [B, emb_dim], as ``lower`` and ``upper`` take it."""
+        return self.condition(self.embedding(c_noise))
 
     def _patches(self, x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, self.config.patch).to(self.stem.weight.dtype)
 
-    def lower(self, x: Tensor, emb: Tensor) -> Tensor:
+    def lower(self, x: Tensor, emb: Condition) -> Tensor:
         """Shallowest tap [B, C_1, n_mels / patch, frames / patch] of x [B, 1, n_mels, frames]."""
         h = self.stem(self._patches(x))
         # cast, or autocast's bf16 activations would be promoted to fp32 from here on
         return self.stages[0](h + self.band.to(h.dtype), emb)
 
     def upper(
-        self, h: Tensor, emb: Tensor, perturb: tuple[Tensor, ...] | None = None
+        self, h: Tensor, emb: Condition, perturb: tuple[Tensor, ...] | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Shallowest tap to logits [B, K] and all taps, shallowest first.
 
@@ -104,7 +114,7 @@ class Classifier(nn.Module):
         # pooled in the head's type, which stays wide where convolutions are narrow
         return self.head(y.mean(dim=(2, 3), dtype=self.head.weight.dtype))
 
-    def linearize_lower(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
+    def linearize_lower(self, x: Tensor, emb: Condition) -> tuple[Tensor, Pull]:
         """``lower`` without dropout and its pull-back to x."""
         h, pull_stem = self.stem.linearize(self._patches(x))
         h, pull_stage = self.stages[0].linearize(h + self.band.to(h.dtype), emb)
@@ -115,7 +125,7 @@ class Classifier(nn.Module):
         return h, pull
 
     def linearize_upper(
-        self, h: Tensor, emb: Tensor
+        self, h: Tensor, emb: Condition
     ) -> tuple[Tensor, tuple[Tensor, ...], PullTaps]:
         """``upper`` without dropout: logits, taps, and the pull-back of logits to all taps."""
         taps, pulls = [h], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,35 @@ class Prepared(Protocol):
     def pull(self, layer: nn.Module, grad: Tensor, padding: Sequence[int] = ()) -> Tensor:
         """Cotangents of the input; a convolution wants the transposed one's output padding."""
         ...
+
+
+class FilmRows(NamedTuple):
+    """FiLM rows [B, sum of 2 C] of all norms of a network, each norm's at its ``place``."""
+
+    rows: Tensor
+
+
+# what norms take their FiLM from: an embedding [B, E], or rows that are computed already
+Condition = Tensor | FilmRows
+
+
+class Stacked(Protocol):
+    """The FiLM layers of one network as one matrix product: `fastscore.stacked` makes it."""
+
+    def __call__(self, emb: Tensor) -> Condition:
+        """Rows of every norm; emb itself where the layers must be seen one by one."""
+        ...
+
+
+class Conditioned(nn.Module):
+    """A network whose norms all take FiLM from one embedding."""
+
+    # neither parameter nor buffer: it shares the memory of the layers' weights
+    stacked: Stacked | None = None
+
+    def condition(self, emb: Tensor) -> Condition:
+        """What the network hands to its blocks, given its embedding [B, E]."""
+        return emb if self.stacked is None else self.stacked(emb)
 
 
 class _Preparable(nn.Module):
@@ -131,8 +160,9 @@ class NoiseEmbedding(nn.Module):
 class NormAct(nn.Module):
     """GroupNorm, optional FiLM from an embedding, SiLU; one fused operation.
 
-    x [B, C, H, W], emb [B, E] -> [B, C, H, W] in x's dtype, statistics in fp32. ``backend`` names
-    the implementation (`fastscore_kernels.BACKENDS`); None takes the best one of x's device.
+    x [B, C, H, W], emb [B, E] or a network's `FilmRows` -> [B, C, H, W] in x's dtype, statistics in
+    fp32. ``backend`` names the implementation (`fastscore_kernels.BACKENDS`); None takes the best
+    one of x's device.
     """
 
     def __init__(self, channels: int, groups: int, emb_dim: int | None = None) -> None:
@@ -142,17 +172,24 @@ class NormAct(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.film = Linear(emb_dim, 2 * channels) if emb_dim else None
+        # columns of its rows in a `FilmRows`
+        self.place = slice(0, 2 * channels)
         if self.film is not None:
             zero_init(self.film)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def _rows(self, emb: Condition | None) -> Tensor | None:
+        if self.film is None:
+            return None
+        return emb.rows[:, self.place] if isinstance(emb, FilmRows) else self.film(emb)
+
+    def forward(self, x: Tensor, emb: Condition | None = None) -> Tensor:
         """Normalise, modulate and activate."""
-        film = None if self.film is None else self.film(emb)
+        film = self._rows(emb)
         return norm_act(x, self.groups, self.weight, self.bias, film, backend=self.backend)
 
-    def linearize(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Pull]:
+    def linearize(self, x: Tensor, emb: Condition | None = None) -> tuple[Tensor, Pull]:
         """``forward`` and its pull-back to x."""
-        film = None if self.film is None else self.film(emb)
+        film = self._rows(emb)
         return norm_act_linearize(
             x, self.groups, self.weight, self.bias, film, backend=self.backend
         )
@@ -161,7 +198,7 @@ class NormAct(nn.Module):
 class ResBlock(nn.Module):
     """Pre-activation residual block with FiLM on its second norm (Dhariwal and Nichol 2021).
 
-    x [B, C, H, W], emb [B, E] -> [B, C, H, W].
+    x [B, C, H, W], emb [B, E] or `FilmRows` -> [B, C, H, W].
     """
 
     def __init__(self, channels: int, groups: int, emb_dim: int, dropout: float = 0.0) -> None:
@@ -172,12 +209,12 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(Conv2d(channels, channels, 3, padding=1))
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Condition) -> Tensor:
         """Add the block's residual to x."""
         y = self.conv1(self.norm1(x))
         return x + self.conv2(self.dropout(self.norm2(y, emb)))
 
-    def linearize(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Pull]:
+    def linearize(self, x: Tensor, emb: Condition) -> tuple[Tensor, Pull]:
         """``forward`` without dropout and its pull-back to x."""
         y, pull_norm1 = self.norm1.linearize(x)
         y, pull_conv1 = self.conv1.linearize(y)

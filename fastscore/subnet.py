@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastscore.config import ClassifierConfig, SubnetConfig
 from fastscore.layers import (
+    Conditioned,
     Conv2d,
     Linear,
     NoiseEmbedding,
@@ -89,7 +90,7 @@ def _autocasting(t: Tensor) -> bool:
     return t.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(t.device.type)
 
 
-class ScoreSubnet(nn.Module):
+class ScoreSubnet(Conditioned):
     """Decoder over feature and gradient taps (Makarov and Gerkmann 2026, arXiv 2606.20457).
 
     It returns the raw network output S of the EDM preconditioning, [B, 1, n_mels, frames]; the
@@ -145,6 +146,7 @@ class ScoreSubnet(nn.Module):
         if self.config.gradient_taps:
             # log RMS lies between about -20 and 0: a tenth of it is of order one
             emb = emb + self.magnitude(torch.stack(log_rms, dim=1).to(emb.dtype) * 0.1)
+        condition = self.condition(emb)
         h = fused[-1]
         for i in reversed(range(len(self.stages))):
             if i == 0:
@@ -152,7 +154,7 @@ class ScoreSubnet(nn.Module):
                 # cast, or autocast's bf16 activations would be promoted to fp32 from here on
                 h = h + self.band.to(h.dtype)
             for block in self.stages[i]:
-                h = block(h, emb)
+                h = block(h, condition)
             if i:
                 h = self.up[i - 1](h) + fused[i - 1]
         return F.pixel_shuffle(self.out(self.norm(h)), self.patch)

@@ -8,7 +8,15 @@ from fastscore_kernels import tap_fuse
 from torch import Tensor, nn
 
 from fastscore.config import UNetConfig
-from fastscore.layers import Conv2d, NoiseEmbedding, NormAct, Upsample, zero_init
+from fastscore.layers import (
+    Condition,
+    Conditioned,
+    Conv2d,
+    NoiseEmbedding,
+    NormAct,
+    Upsample,
+    zero_init,
+)
 
 
 class SelfAttention(nn.Module):
@@ -39,8 +47,8 @@ class SelfAttention(nn.Module):
 class UNetBlock(nn.Module):
     """Residual block that may change the width, with attention on request.
 
-    x [B, C_in, H, W], emb [B, E] -> [B, C_out, H, W]; norm, SiLU, convolution, norm with FiLM,
-    SiLU, convolution.
+    x [B, C_in, H, W], emb [B, E] or `FilmRows` -> [B, C_out, H, W]; norm, SiLU,
+    convolution, norm with FiLM, SiLU, convolution.
     """
 
     def __init__(self, config: UNetConfig, level: int, channels_in: int) -> None:
@@ -58,14 +66,14 @@ class UNetBlock(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Condition) -> Tensor:
         """Add the block's residual to x, then attend."""
         y = self.conv1(self.norm1(x))
         y = self.conv2(self.dropout(self.norm2(y, emb)))
         return self.attention(self.skip(x) + y)
 
 
-class UNet(nn.Module):
+class UNet(Conditioned):
     """U-Net with concatenated skips, FiLM by noise level, and attention at low resolution.
 
     Raw output S(c_in x, c_noise) of the EDM preconditioning (Karras et al. 2022), in the form of
@@ -112,7 +120,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """Raw output S of c_in x [B, 1, n_mels, frames] and c_noise [B], shaped as x."""
-        emb = self.embedding(c_noise)
+        emb = self.condition(self.embedding(c_noise))
         h = self.stem(F.pixel_unshuffle(x, self.config.patch).to(self.stem.weight.dtype))
         # cast, or autocast's bf16 activations would be promoted to fp32 from here on
         h = h + self.band.to(h.dtype)

@@ -16,6 +16,7 @@ from fastscore.devices import check_precision, usable_device
 from fastscore.inpaint import prefix_mask
 from fastscore.layers import set_backend
 from fastscore.packed import obstacle, pack
+from fastscore.stacked import stack
 from fastscore.vocoder import Generator, render, vocode
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Voice:
         self.packed = self.backend == "native" and not obstacle(denoiser)
         if self.packed:
             pack(denoiser)
+        if self.backend == "triton":
+            stack(denoiser)
         return denoiser
 
     @property

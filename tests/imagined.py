@@ -30,6 +30,7 @@ from fastscore.measure import nodes
 from fastscore.measure.models import MODELS
 from fastscore.presets import load_parts
 from fastscore.samplers import sampler_named, schedule_for
+from fastscore.stacked import stack
 from fastscore.vocoder import Generator
 from fastscore.voice import Voice
 
@@ -45,6 +46,8 @@ def imagined_voice(denoiser: Denoiser, vocoder: Generator, backend: str) -> Voic
     nodes.move(voice.denoiser)
     nodes.move(voice.vocoder)
     set_backend(voice.denoiser, backend)
+    if backend == "triton":
+        stack(voice.denoiser)
     return voice
 
 
@@ -101,6 +104,7 @@ def steps() -> dict[str, int]:
         with nodes.imagined():
             nodes.move(net)
             set_backend(net, "triton")
+            stack(net)
             x, one = (torch.empty(s, device=nodes.DEVICE) for s in ((1, 1, 80, 64), (1,)))
             label = torch.empty(1, dtype=torch.int64, device=nodes.DEVICE)
             args = (x, one, label, one) if guided else (x, one)

@@ -94,6 +94,7 @@ fastscore.subnet                     torch .config .layers kernels kernels.tap_f
 fastscore.unet                       torch .config .layers kernels.tap_fuse |
 fastscore.denoiser                   torch .classifier .config .subnet .taps .trajectory .unet |
 fastscore.packed                     torch .denoiser .layers kernels kernels.linear kernels.registration kernels.winograd |
+fastscore.stacked                    torch .layers |
 fastscore.vocoder.spectral           numpy torch .config |
 fastscore.vocoder.hifigan            torch .config |
 fastscore.vocoder.weightnorm         torch |
@@ -117,7 +118,7 @@ fastscore.hearing                    torch .audio .vocoder | numpy
 fastscore.stats                      | torch
 fastscore.batching                   .devices .stats |
 fastscore.stream                     .batching .request .stats |
-fastscore.voice                      torch .config .denoiser .devices .inpaint .layers .packed .vocoder kernels | numpy .audio .hearing
+fastscore.voice                      torch .config .denoiser .devices .inpaint .layers .packed .stacked .vocoder kernels | numpy .audio .hearing
 fastscore.pipeline                   torch .checkpoint .classifier .config .denoiser .devices .engine .inpaint .noise .presets .request .results .samplers .stats .stream .subnet .unet .vocoder .voice kernels |
 fastscore.export.draw                .config .presets .request |
 fastscore.export.graphs              torch .checkpoint .config .denoiser .layers .presets .vocoder .vocoder.spectral |
@@ -144,7 +145,7 @@ fastscore.measure.nodes              torch kernels.registration | kernels.gpu.la
 fastscore.measure.roofline           torch .devices |
 fastscore.measure.work               torch .cost .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels.traffic |
 fastscore.measure.workloads          |
-fastscore.measure.models             torch .classifier .config .denoiser .layers .packed .presets .subnet .unet .vocoder |
+fastscore.measure.models             torch .classifier .config .denoiser .layers .packed .presets .stacked .subnet .unet .vocoder |
 fastscore.measure.operations         torch kernels kernels.noise kernels.norm_act kernels.reference kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path kernels.traffic .measure.workloads |
 fastscore.measure.subjects           torch .denoiser .devices .engine .engine.compiled .engine.programs .measure.models .measure.operations .measure.workloads .pipeline .presets .samplers .vocoder |
 fastscore.measure.worker             torch .measure.provenance .measure.subjects .measure.suites .measure.timing .measure.workloads |

@@ -13,6 +13,7 @@ from fastscore.denoiser import Denoiser, GuidedUNet, TapDenoiser, set_precision
 from fastscore.layers import set_backend
 from fastscore.packed import obstacle, pack
 from fastscore.presets import load_parts
+from fastscore.stacked import stack
 from fastscore.subnet import ScoreSubnet
 from fastscore.unet import UNet
 from fastscore.vocoder import PRESETS, Generator, HifiGanGenerator
@@ -63,9 +64,9 @@ VOCODERS: dict[str, Callable[[], Generator]] = {
 def prepared(
     model: str, device: torch.device, backend: str, precision: str, packed: bool = True
 ) -> Denoiser:
-    """A denoiser, built anew, as a pipeline prepares it: frozen, placed, rounded, packed.
+    """A denoiser, built anew, as a pipeline prepares it: frozen, placed, rounded, packed, stacked.
 
-    ``packed`` False leaves its convolutions as they are, for use as a yardstick.
+    ``packed`` False leaves its layers as they are, for use as a yardstick.
     """
     denoiser = MODELS[model]().eval().requires_grad_(False)
     denoiser = denoiser.to(device, memory_format=torch.channels_last)
@@ -73,6 +74,8 @@ def prepared(
     set_backend(denoiser, backend)
     if packed and backend == "native" and not obstacle(denoiser):
         pack(denoiser)
+    if packed and backend == "triton":
+        stack(denoiser)
     return denoiser
 
 
