@@ -14,6 +14,8 @@ from torch import Tensor, nn
 # the pull-back of a linear map: cotangents of its output, any number for each sample (row i belongs
 # to sample i % B), to cotangents of its input
 Pull = Callable[[Tensor], Tensor]
+# that of a norm, which takes besides what else flows into its input, to be added, or None
+PullNorm = Callable[..., Tensor]
 
 
 class Prepared(Protocol):
@@ -187,7 +189,7 @@ class NormAct(nn.Module):
         film = self._rows(emb)
         return norm_act(x, self.groups, self.weight, self.bias, film, backend=self.backend)
 
-    def linearize(self, x: Tensor, emb: Condition | None = None) -> tuple[Tensor, Pull]:
+    def linearize(self, x: Tensor, emb: Condition | None = None) -> tuple[Tensor, PullNorm]:
         """``forward`` and its pull-back to x."""
         film = self._rows(emb)
         return norm_act_linearize(
@@ -222,7 +224,7 @@ class ResBlock(nn.Module):
         y, pull_conv2 = self.conv2.linearize(y)
 
         def pull(grad: Tensor) -> Tensor:
-            return grad + pull_norm1(pull_conv1(pull_norm2(pull_conv2(grad))))
+            return pull_norm1(pull_conv1(pull_norm2(pull_conv2(grad))), grad)
 
         return x + y, pull
 

@@ -112,6 +112,7 @@ def _pull(
     film: Tensor | None,
     groups: int,
     act: bool,
+    addend: Tensor | None,
     sums: int | None,
 ) -> Tensor:
     b, c, h, w = x.shape
@@ -127,7 +128,7 @@ def _pull(
     )
     if code:
         library.raise_error("fs_norm_act_backward", code)
-    return grad_x
+    return grad_x if addend is None else grad_x.add_(addend)
 
 
 def tap_norm(

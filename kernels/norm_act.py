@@ -26,7 +26,7 @@ _FORWARD = (
 )
 _BACKWARD = (
     "(Tensor grad, Tensor x, Tensor stats, Tensor weight, Tensor bias, Tensor? film, int groups, "
-    "bool act) -> (Tensor, Tensor)"
+    "bool act, Tensor? addend) -> (Tensor, Tensor)"
 )
 
 
@@ -93,18 +93,20 @@ def norm_act_backward(
     bias: Tensor,
     film: Tensor | None = None,
     act: bool = True,
+    addend: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Vector-Jacobian product of `norm_act`, several cotangents of each sample at once.
 
-    grad [R B, C, H, W]: row i belongs to sample i % B of x; stats as `norm_act_forward` gave them.
+    grad [R B, C, H, W]: row i belongs to sample i % B of x; stats as `norm_act_forward` gave them;
+    addend, like grad, is what flows into x beside: it is added to the cotangents of x.
     Returns the cotangents of x [R B, C, H, W] and sums [2, R B, C] fp32 over positions of dz and of
     dz * xhat, dz the cotangent of what enters the activation and xhat = (x - mean) * rstd: those of
     the parameters follow from them. ValueError as for `norm_act`.
     """
     checks.activation("norm_act", "x", x)
     _check_parameters(x, groups, weight, bias, film)
-    _check_cotangent(grad, x)
+    _check_cotangent(grad, x, addend)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     expected = (2, x.shape[0], groups)
     if stats.shape != expected or stats.dtype != kind or not stats.is_contiguous():
@@ -114,8 +116,8 @@ def norm_act_backward(
         )
     chosen = choose(backend, x)
     if chosen == "reference":
-        return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act)
-    args = (_match(grad, x), x, stats, weight, bias, film, groups, act)
+        return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act, addend)
+    args = (_match(grad, x), x, stats, weight, bias, film, groups, act, _match(addend, x))
     return call(*_OPERATORS[chosen][1], *args)
 
 
@@ -128,8 +130,8 @@ def norm_act_linearize(
     act: bool = True,
     eps: float = 1e-5,
     backend: str | None = None,
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """`norm_act` and its pull-back to x, which takes cotangents as `norm_act_backward` does.
+) -> tuple[Tensor, Callable[..., Tensor]]:
+    """`norm_act` and its pull-back to x, (grad, addend=None) as `norm_act_backward` takes them.
 
     Frozen parameters: theirs are not computed. Arguments are checked once for both.
     """
@@ -138,9 +140,9 @@ def norm_act_linearize(
         return reference.norm_act_linearize(x, weight, bias, film, groups, act, eps)
     y, stats = _forward(chosen, x, weight, bias, film, groups, act, eps)
 
-    def pull(grad: Tensor) -> Tensor:
-        _check_cotangent(grad, x)
-        args = (_match(grad, x), x, stats, weight, bias, film, groups, act)
+    def pull(grad: Tensor, addend: Tensor | None = None) -> Tensor:
+        _check_cotangent(grad, x, addend)
+        args = (_match(grad, x), x, stats, weight, bias, film, groups, act, _match(addend, x))
         if chosen == "native" and direct(args):
             return cpu.norm_act_pull(*args)
         return call(*_OPERATORS[chosen][1], *args)[0]
@@ -148,7 +150,7 @@ def norm_act_linearize(
     return y, pull
 
 
-def _check_cotangent(grad: Tensor, x: Tensor) -> None:
+def _check_cotangent(grad: Tensor, x: Tensor, addend: Tensor | None = None) -> None:
     checks.activation("norm_act", "grad", grad)
     checks.placed("norm_act", "grad", grad, "x", x)
     if grad.shape[1:] != x.shape[1:] or grad.shape[0] % x.shape[0]:
@@ -156,6 +158,14 @@ def _check_cotangent(grad: Tensor, x: Tensor) -> None:
             f"norm_act: grad has shape {tuple(grad.shape)}; expected that of x, {tuple(x.shape)}, "
             "or a multiple of its batch"
         )
+    if addend is not None:
+        checks.activation("norm_act", "addend", addend)
+        checks.placed("norm_act", "addend", addend, "grad", grad)
+        if addend.shape != grad.shape:
+            raise ValueError(
+                f"norm_act: addend has shape {tuple(addend.shape)}; expected that of grad, "
+                f"{tuple(grad.shape)}"
+            )
 
 
 def _check_parameters(
@@ -210,7 +220,7 @@ def _register_triton() -> None:
 
 
 def backward_operator(backend: str) -> Any:
-    """Operator (grad, x, stats, weight, bias, film, groups, act) -> (grad_x, sums)."""
+    """Operator (grad, x, stats, weight, bias, film, groups, act, addend) -> (grad_x, sums)."""
     return _OPERATORS[backend][1][0]
 
 
@@ -227,7 +237,7 @@ def _derive(forward: Any, backward: Any) -> None:
         x, stats, weight, bias, film = ctx.saved_tensors
         # autograd may hand over an expanded or sliced cotangent
         grad = _match(grad, x)
-        grad_x, sums = backward(grad, x, stats, weight, bias, film, ctx.groups, ctx.act)
+        grad_x, sums = backward(grad, x, stats, weight, bias, film, ctx.groups, ctx.act, None)
         return (grad_x, *parameter_gradients(sums, weight, bias, film), None, None, None)
 
     differentiate(forward, save, pull)
@@ -236,8 +246,10 @@ def _derive(forward: Any, backward: Any) -> None:
     _batch_backward(backward)
 
 
-def _match(grad: Tensor, x: Tensor) -> Tensor:
+def _match(grad: Tensor | None, x: Tensor) -> Tensor | None:
     """A cotangent in x's type and layout: kernels read both in one."""
+    if grad is None:
+        return None
     if grad.dtype != x.dtype:
         grad = grad.to(x.dtype)
     if checks.batched(grad):
@@ -269,20 +281,31 @@ def _batch_backward(op: Any) -> None:
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         size = info.batch_size
         rows = []
-        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
-            grad = args[0].movedim(in_dims[0], 0).flatten(0, 1)
-            grad_x, sums = op(grad.contiguous(memory_format=_layout(args[1])), *args[1:])
+        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:-1]):
+            grad, addend = (
+                None if a is None else _folded(a, dim, size, _layout(args[1]))
+                for a, dim in ((args[0], in_dims[0]), (args[-1], in_dims[-1]))
+            )
+            grad_x, sums = op(grad, *args[1:-1], addend)
             return (grad_x.unflatten(0, (size, -1)), sums.unflatten(1, (size, -1))), (0, 1)
         for i in range(size):
             picked = [
                 a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)
             ]
             picked[1] = picked[1].contiguous(memory_format=_layout(picked[1]))
-            picked[0] = picked[0].contiguous(memory_format=_layout(picked[1]))
+            for at in (0, -1):
+                if picked[at] is not None:
+                    picked[at] = picked[at].contiguous(memory_format=_layout(picked[1]))
             rows.append(op(*picked))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0, 0)
 
     vectorise(op, rule)
+
+
+def _folded(t: Tensor, dim: int | None, size: int, layout: torch.memory_format) -> Tensor:
+    """``size`` batches of ``t`` one after the other, which vmap has in ``dim``."""
+    rows = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return rows.flatten(0, 1).contiguous(memory_format=layout)
 
 
 def _layout(t: Tensor) -> torch.memory_format:

@@ -54,12 +54,14 @@ def norm_act_backward(
     film: Tensor | None,
     groups: int,
     act: bool,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Vector-Jacobian product of `norm_act`, several cotangents of each sample at once.
 
     grad [R B, C, H, W]: row i belongs to sample i % B of x [B, C, H, W]. Returns its image
-    [R B, C, H, W] and sums [2, R B, C] fp32 over positions of dz and of dz * xhat, where dz is the
-    cotangent of what enters the activation and xhat = (x - mean) * rstd.
+    [R B, C, H, W], to which addend of the same shape is added, and sums [2, R B, C] fp32 over
+    positions of dz and of dz * xhat, where dz is the cotangent of what enters the activation and
+    xhat = (x - mean) * rstd.
     """
     b, c, h, w = x.shape
     copies = grad.shape[0] // b
@@ -84,7 +86,7 @@ def norm_act_backward(
         dxhat, rows, mean, rstd, None, copies * b, c, h * w, groups, [True, False, False]
     )[0]
     sums = torch.stack((dz.sum(dim=(2, 3)), (dz * xhat).sum(dim=(2, 3))))
-    return grad_x.to(x.dtype), sums
+    return _added(addend, grad_x.to(x.dtype)), sums
 
 
 def norm_act_linearize(
@@ -95,7 +97,7 @@ def norm_act_linearize(
     groups: int,
     act: bool,
     eps: float,
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+) -> tuple[Tensor, Callable[..., Tensor]]:
     """`norm_act` and its pull-back to x, by ATen's kernels on what the forward pass left."""
     b, c, h, w = x.shape
     rows, gain = wide(x), wide(weight)
@@ -107,7 +109,7 @@ def norm_act_linearize(
         y = y * scale + shift
     z = y
 
-    def pull(grad: Tensor) -> Tensor:
+    def pull(grad: Tensor, addend: Tensor | None = None) -> Tensor:
         copies = grad.shape[0] // b
         dz = wide(grad)
         if act:
@@ -116,7 +118,7 @@ def norm_act_linearize(
             dz = dz * _repeat(scale, copies)
         # ATen's kernel takes both in one layout only, and says nothing when they differ
         layout = torch.contiguous_format if rows.is_contiguous() else torch.channels_last
-        return torch.ops.aten.native_group_norm_backward(
+        image = torch.ops.aten.native_group_norm_backward(
             dz.contiguous(memory_format=layout),
             _repeat(rows, copies).contiguous(memory_format=layout),
             _repeat(mean, copies),
@@ -127,9 +129,14 @@ def norm_act_linearize(
             h * w,
             groups,
             [True, False, False],
-        )[0].to(x.dtype)
+        )[0]
+        return _added(addend, image.to(x.dtype))
 
     return (F.silu(z) if act else z).to(x.dtype), pull
+
+
+def _added(addend: Tensor | None, t: Tensor) -> Tensor:
+    return t if addend is None else addend + t
 
 
 def _repeat(t: Tensor, copies: int) -> Tensor:

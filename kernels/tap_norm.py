@@ -110,7 +110,8 @@ def _derive(op: Any, pull_norm: Any) -> Any:
             own = stats[..., at : at + 2].permute(2, 0, 1).contiguous()
             layout = torch.contiguous_format if tap.is_contiguous() else torch.channels_last
             half = half.to(tap.dtype).contiguous(memory_format=layout)
-            image, (dz, dz_xhat) = pull_norm(half, tap, own, w, b, None, ctx.groups, False)
+            args = (half, tap, own, w, b, None, ctx.groups, False, None)
+            image, (dz, dz_xhat) = pull_norm(*args)
             halves.append((image, dz_xhat.sum(0).to(w.dtype), dz.sum(0).to(b.dtype), dz_xhat))
         (to_f, to_fw, to_fb, _), (to_g, to_gw, to_gb, dz_xhat) = halves
         pull_rms = _through_rms(gradient, log_rms, stats, gw, dz_xhat, grad_log, ctx.eps)

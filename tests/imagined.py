@@ -132,7 +132,7 @@ def traced() -> dict[str, list[str]]:
         calls = {
             "norm_act": (ops.norm_act, x, vector, vector, film, 4, True, 1e-5),
             "norm_act_backward": (
-                *(ops.norm_act_backward, x, x, stats, vector, vector, film, 4, True),
+                *(ops.norm_act_backward, x, x, stats, vector, vector, film, 4, True, x),
             ),
             "tap_norm": (ops.tap_norm, x, x, 4, *[vector] * 4, 1e-5),
             "tap_fuse": (ops.tap_fuse, x, pair, pair, 2, True),

@@ -68,6 +68,11 @@ BAD = {
         lambda k: norm_act_backward(X[:1].repeat(3, 1, 1, 1), X, STATS, 4, W, W, backend=k),
         lambda k: norm_act_backward(X.half(), X, STATS, 4, W, W, backend=k),
     ],
+    "norm_act: addend": [
+        lambda k: norm_act_backward(X, X, STATS, 4, W, W, addend=X[:1], backend=k),
+        lambda k: norm_act_backward(X, X, STATS, 4, W, W, addend=X.half(), backend=k),
+        lambda k: norm_act_backward(X, X, STATS, 4, W, W, addend=SLICED, backend=k),
+    ],
     "norm_act: stats": [
         lambda k: norm_act_backward(X, X, STATS[:1], 4, W, W, backend=k),
         lambda k: norm_act_backward(X, X, STATS.half(), 4, W, W, backend=k),

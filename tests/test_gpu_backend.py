@@ -69,6 +69,11 @@ def test_vjp_and_opcheck():
     assert_near(pull(grad)[0], expected(grad)[0], 1e-5)
     op = torch.ops.fastscore_triton.norm_act.default
     torch.library.opcheck(op, (x.requires_grad_(), w, b, None, 4, True, 1e-5))
+    x = x.detach()
+    _, stats = op(x, w, b, None, 4, True, 1e-5)
+    backward = torch.ops.fastscore_triton.norm_act_backward.default
+    for addend in (None, torch.randn_like(x)):
+        torch.library.opcheck(backward, (grad, x, stats, w, b, None, 4, True, addend))
 
 
 def test_solver_step_has_the_reference_s_bits():

@@ -31,7 +31,9 @@ def ways(op, way):
 
 def pulled(grad, x, *rest):
     """The reference's backward, on the layout that torch 2.11's group norm reads rightly."""
-    return reference.norm_act_backward(grad.contiguous(), x.contiguous(), *rest)
+    *rest, addend = rest
+    addend = None if addend is None else addend.contiguous()
+    return reference.norm_act_backward(grad.contiguous(), x.contiguous(), *rest, addend)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +65,9 @@ def check(shape, dtype, way):
 
     copies = 1 + shape[0] % 2
     grad = activation(copies * shape[0], shape[1], *shape[3:], dtype=dtype, last=last)
-    given = (grad, x, expected_stats, weight, bias, film, groups, act)
+    # what flows past a block's first norm, which has no FiLM
+    addend = None if shape[0] > 1 else torch.randn_like(grad)
+    given = (grad, x, expected_stats, weight, bias, film, groups, act, addend)
     with ways("norm_act_backward", way):
         grad_x, sums = norm_act_backward(*given)
     expected, expected_sums = pulled(*given)
@@ -80,7 +84,8 @@ def test_backward_is_the_derivative():
     y, stats = reference.norm_act(*leaves, groups, True, 1e-5)
     expected = torch.autograd.grad(y, leaves, grad)
     with torch.no_grad():
-        grad_x, (dz, dz_xhat) = norm_act_backward(grad, x, stats, weight, bias, film, groups, True)
+        given = (grad, x, stats, weight, bias, film, groups, True, None)
+        grad_x, (dz, dz_xhat) = norm_act_backward(*given)
         gain = 1 + film[:, : x.shape[1]]
         assert_near(grad_x, expected[0], 1e-5)
         assert_near((gain * dz_xhat).sum(0), expected[1], 1e-4)
@@ -108,7 +113,7 @@ def test_film_may_be_a_slice_and_cotangents_of_another_layout():
     y, stats = norm_act(x, weight, bias, film, groups, True, 1e-5)
     assert_near(y, reference.norm_act(x, weight, bias, film, groups, True, 1e-5)[0], 1e-5)
     grad = activation(4, 8, 4, 3, last=False)
-    given = (x, stats, weight, bias, film, groups, True)
+    given = (x, stats, weight, bias, film, groups, True, activation(4, 8, 4, 3))
     actual, sums = norm_act_backward(grad, *given)
     expected, expected_sums = pulled(grad, *given)
     assert actual.stride() == grad.stride()

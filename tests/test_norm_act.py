@@ -67,6 +67,14 @@ def test_native_backward_equals_the_reference(shape, dtype, layout, film, act):
     actual = norm_act_backward(grad, x, stats, groups, *parameters, act, backend="native")
     assert_same(actual[0], expected[0].contiguous(memory_format=layout), TOLERANCES[dtype])
     assert_same(actual[1], expected[1], 1e-5)
+    addend = torch.randn_like(grad)
+    for name, (image, sums) in (("reference", expected), ("native", actual)):
+        summed, same = norm_act_backward(
+            grad, x, stats, groups, *parameters, act, addend, backend=name
+        )
+        # the very sum, so that a step on a CPU keeps its bits
+        assert torch.equal(summed, addend + image)
+        assert torch.equal(same, sums)
 
 
 @FILM

@@ -48,8 +48,8 @@ def case(name: str, backend: str) -> Case:
         x = last(2, 12, 5, 3)
         stats = norm_act_forward(x, 4, weight, bias, backend="reference")[1]
         return Case(
-            lambda g: norm_act_backward(g, x, stats, 4, weight, bias, backend=backend),
-            (last(2, 12, 5, 3),),
+            lambda g, a: norm_act_backward(g, x, stats, 4, weight, bias, addend=a, backend=backend),
+            (last(2, 12, 5, 3), last(2, 12, 5, 3)),
             differentiable=False,
         )
     if name == "tap_norm":

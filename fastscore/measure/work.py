@@ -195,8 +195,8 @@ class _Walk:
             y, pull = linearize(x, emb)
             self._norm(name, "norm_act", x)
 
-            def pulled(grad: Tensor) -> Tensor:
-                found = pull(grad)
+            def pulled(grad: Tensor, addend: Tensor | None = None) -> Tensor:
+                found = pull(grad, addend)
                 # the input is read once for all cotangents of a sample
                 shared = (len(grad) - len(x)) * x[0].numel() * x.itemsize
                 must = traffic.norm_act_backward(*_shape(grad), grad.itemsize).must - shared

@@ -256,11 +256,11 @@ class Marks:
         return linearize
 
     def _pulling(
-        self, module: nn.Module, path: str, x: Any, y: Any, pull: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
-        def marked(grad: Tensor) -> Tensor:
+        self, module: nn.Module, path: str, x: Any, y: Any, pull: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        def marked(grad: Tensor, *addend: Tensor) -> Tensor:
             with _Mark(self.ledger.layer(module, path, "pull-back", x, y, grad)):
-                return pull(grad)
+                return pull(grad, *addend)
 
         return marked
 

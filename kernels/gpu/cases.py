@@ -77,7 +77,9 @@ def _norm_act(
         weight, bias = _vector(channels, dtype=dtype), _vector(channels, dtype=dtype)
         rows = _vector(batch, 2 * channels, dtype=dtype) if film else None
         _, stats = norm_act(x, weight, bias, rows, model.groups, True, shapes.EPS)
-        norm_act_backward(x, x, stats, weight, bias, rows, model.groups, True)
+        # of norms without FiLM the first of a block adds what flows past it
+        for addend in (None,) if film else (None, x):
+            norm_act_backward(x, x, stats, weight, bias, rows, model.groups, True, addend)
 
     return call
 

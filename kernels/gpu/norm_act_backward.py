@@ -53,6 +53,14 @@ def push_tile(dz, xhat, rstd, factor, mean_d, mean_dx):
 
 
 @triton.jit
+def store_image(grad_x, addend, offsets, mask, out, ADD: tl.constexpr):
+    """Write one tile of the cotangent of x, with what else flows into x added to it in fp32."""
+    if ADD:
+        out += tl.load(addend + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(grad_x + offsets, out.to(grad_x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def norm_act_backward_kernel(
     grad,
     x,
@@ -61,6 +69,7 @@ def norm_act_backward_kernel(
     bias,
     film,
     film_stride,
+    addend,
     grad_x,
     sums,
     batch,
@@ -72,6 +81,7 @@ def norm_act_backward_kernel(
     LAST: tl.constexpr,
     FILM: tl.constexpr,
     ACT: tl.constexpr,
+    ADD: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -91,6 +101,7 @@ def norm_act_backward_kernel(
     factor, summand = load_affine(weight, bias, film, film_stride, b, c, c_mask, C, FILM)
     x += b * C * N
     grad += row * C * N
+    addend += row * C * N
     grad_x += row * C * N
     n = tl.arange(0, BLOCK_N)
     mask = (n < N)[:, None] & c_mask[None, :]
@@ -113,7 +124,7 @@ def norm_act_backward_kernel(
     mean_dx = spread(gather(sum_dx * factor, member), member) / (N * CPG)
     if WHOLE:
         out = push_tile(dz, xhat, rstd, factor, mean_d, mean_dx)
-        tl.store(grad_x + offsets, out.to(grad_x.dtype.element_ty), mask=mask)
+        store_image(grad_x, addend, offsets, mask, out, ADD)
     else:
         for at in range(0, N, BLOCK_N):
             n = at + tl.arange(0, BLOCK_N)
@@ -121,7 +132,7 @@ def norm_act_backward_kernel(
             offsets = at_position(n[:, None], c[None, :], C, N, LAST)
             dz, xhat = pull_tile(grad, x, offsets, mask, mean, rstd, factor, summand, ACT)
             out = push_tile(dz, xhat, rstd, factor, mean_d, mean_dx)
-            tl.store(grad_x + offsets, out.to(grad_x.dtype.element_ty), mask=mask)
+            store_image(grad_x, addend, offsets, mask, out, ADD)
 
 
 @triton.jit
@@ -211,6 +222,7 @@ def norm_act_backward_apply_kernel(
     film_stride,
     channel_sums,
     group_sums,
+    addend,
     grad_x,
     sums,
     batch,
@@ -224,6 +236,7 @@ def norm_act_backward_apply_kernel(
     LAST: tl.constexpr,
     FILM: tl.constexpr,
     ACT: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -258,6 +271,7 @@ def norm_act_backward_apply_kernel(
         mean_dx = spread(group_dx, member) / (N * CPG)
         x += b * C * N
         grad += row * C * N
+        addend += row * C * N
         grad_x += row * C * N
         start = split * chunk
         stop = tl.minimum(start + chunk, N)
@@ -267,7 +281,7 @@ def norm_act_backward_apply_kernel(
             offsets = at_position(n[:, None], c[None, :], C, N, LAST)
             dz, xhat = pull_tile(grad, x, offsets, mask, mean, rstd, factor, summand, ACT)
             out = push_tile(dz, xhat, rstd, factor, mean_d, mean_dx)
-            tl.store(grad_x + offsets, out.to(grad_x.dtype.element_ty), mask=mask)
+            store_image(grad_x, addend, offsets, mask, out, ADD)
 
 
 def norm_act_backward(
@@ -279,11 +293,12 @@ def norm_act_backward(
     film: Tensor | None,
     groups: int,
     act: bool,
+    addend: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Cotangent of x, like grad [R B, C, H, W], and sums [2, R B, C] fp32 of dz and dz * xhat.
 
     x [B, C, H, W], stats [2, B, groups] as ``norm_act`` returned them; row i of grad belongs to
-    sample i % B.
+    sample i % B. addend, shaped as grad, is added to the cotangent; None adds nothing.
     """
     batch, channels = x.shape[:2]
     rows, positions = grad.shape[0], x.shape[2] * x.shape[3]
@@ -307,10 +322,19 @@ def norm_act_backward(
         "num_warps": plan.warps,
     }
     bundles = groups // plan.bundle
+    # without one a pointer that nobody reads
+    outs = (cotangent if addend is None else like(addend, x), grad_x, sums, batch, rows)
+    adding = {"ADD": addend is not None}
     if plan.splits == 1:
-        outs = (grad_x, sums, batch, rows, positions)
         launch(
-            norm_act_backward_kernel, (rows * bundles,), *given, *outs, **common, WHOLE=plan.whole
+            norm_act_backward_kernel,
+            (rows * bundles,),
+            *given,
+            *outs,
+            positions,
+            **common,
+            **adding,
+            WHOLE=plan.whole,
         )
         return like(grad_x, grad), sums
     shape = (rows, plan.splits, 2)
@@ -332,12 +356,10 @@ def norm_act_backward(
         (rows, plan.splits + 1, bundles),
         *given,
         *partials,
-        grad_x,
-        sums,
-        batch,
-        rows,
+        *outs,
         *stretch,
         **common,
+        **adding,
         BLOCK_S=plan.block_s,
     )
     return like(grad_x, grad), sums
