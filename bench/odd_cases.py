@@ -68,7 +68,7 @@ def normalise(splits: int, make: Operands) -> None:
     ways = {"splits": splits, "block_n": 8}
     with parameters("norm_act", **ways), parameters("norm_act_backward", **ways):
         y, stats = norm_act(x, weight, bias, film, groups, True, 1e-5)
-        norm_act_backward(y, x, stats, weight, bias, film, groups, True)
+        norm_act_backward(y, x, stats, weight, bias, film, groups, True, y)
 
 
 def normalise_taps(splits: int, make: Operands) -> None:
