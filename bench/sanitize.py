@@ -1,6 +1,6 @@
 """Every Triton kernel under the four tools of compute-sanitizer, with a planted error first.
 
-    python bench/sanitize.py --out FILE [--tool memcheck --tool ..] [--op norm_act --op ..]
+    python bench/sanitize.py --out FILE [--jobs 8] [--tool memcheck --tool ..] [--op norm_act ..]
 
 A row a case (bench/odd_cases.py) by itself, which compiles its kernels, and one a tool and case.
 A row without errors counts only where the tool's summary says so and the case says that it ran; and
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,14 @@ import odd_cases
 import torch
 from stage import Stage, parser
 
+ALONE = "alone"
 TOOL = "compute-sanitizer"
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 # what these two are to find; the others would need a fault that no Triton kernel can have
 PLANTED = ("memcheck", "initcheck")
 CASES = Path(odd_cases.__file__)
-# seconds that one run of a case may take
-LIMIT = 120.0
+# seconds that one run of a case may take, and that there must be left to begin one
+LIMIT, SHORTEST = 120.0, 10.0
 LINES = 12
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 _RACES = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warning")
@@ -143,21 +145,22 @@ def arguments() -> argparse.Namespace:
     found = parser(__doc__)
     found.add_argument("--tool", action="append", choices=TOOLS, help="(default: all)")
     found.add_argument("--op", action="append", choices=tuple(odd_cases.CASES), help="(all)")
+    found.add_argument("--jobs", type=int, default=4, help="runs at once (%(default)s)")
     return found.parse_args()
 
 
-def work(args: argparse.Namespace) -> list[tuple[str | None, str]]:
-    """Tool and case of every row, None for a case by itself; what is planted before the others."""
+def work(args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Tool and case of every row: cases by themselves, then under tools, what is planted first."""
     ops = args.op or list(odd_cases.CASES)
     ops = ops[:1] if args.dry else ops
     tools = args.tool or list(TOOLS)
     planted = [(tool, odd_cases.PLANTED) for tool in tools if tool in PLANTED]
-    return [(None, op) for op in ops] + planted + [(tool, op) for tool in tools for op in ops]
+    return [(ALONE, op) for op in ops], planted + [(tool, op) for tool in tools for op in ops]
 
 
-def row_of(tool: str | None, op: str, device: torch.device) -> dict[str, Any]:
+def row_of(tool: str, op: str, device: torch.device) -> dict[str, Any]:
     """Measure one row."""
-    if tool is None:
+    if tool == ALONE:
         return alone(op, started(case_command(op, device), LIMIT))
     if shutil.which(TOOL) is None:
         sentence = f"{TOOL} is not on the PATH; it comes with the CUDA toolkit"
@@ -167,14 +170,22 @@ def row_of(tool: str | None, op: str, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments()
-    with Stage.open("sanitize", args) as stage:
-        rows = work(args)
-        for tool, op in rows:
-            name = f"{tool or 'alone'}/{op}"
-            if stage.wants(name, 10.0):
-                stage.add(name, row_of(tool, op, stage.device))
-                print(f"{name:32} {stage.rows[name].get('failed', 'ok')}", flush=True)
-        stage.finish(len(rows))
+    if args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs} must be at least 1")
+    with Stage.open("sanitize", args) as stage, ThreadPoolExecutor(args.jobs) as pool:
+
+        def measured(row: tuple[str, str]) -> tuple[str, dict[str, Any] | None]:
+            name = "/".join(row)
+            return name, row_of(*row, stage.device) if stage.wants(name, SHORTEST) else None
+
+        first, others = work(args)
+        # compiled by themselves: under a tool that would take long, and be watched
+        for rows in (first, others):
+            for name, row in pool.map(measured, rows):
+                if row is not None:
+                    stage.add(name, row)
+                    print(f"{name:32} {row.get('failed', 'ok')}", flush=True)
+        stage.finish(len(first) + len(others))
     if stage.values["status"] != "ok":
         sys.exit(1)
 

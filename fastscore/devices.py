@@ -91,6 +91,20 @@ def fp32_products(device: torch.device, tf32: bool) -> Iterator[None]:
             switch.fp32_precision = old
 
 
+@contextlib.contextmanager
+def one_order(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Where ``wanted``, let cuDNN take no convolution that adds up in an order that varies."""
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
 class Clock:
     """Seconds a stage, the device's work included."""
 

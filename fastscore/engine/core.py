@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastscore.devices import Clock, DeviceLostError, device_lost, out_of_memory
+from fastscore.devices import Clock, DeviceLostError, device_lost, one_order, out_of_memory
 from fastscore.engine.batches import Clips, bucket_for, check_buckets
 from fastscore.engine.compiled import CompiledDenoiser
 from fastscore.engine.programs import ProgramCache
@@ -137,7 +137,7 @@ class Engine:
         after close and in a forked process, DeviceLostError once the device is gone, and
         MemoryError where not even one clip fits.
         """
-        with self._lock:
+        with self._lock, one_order(self._model.device, self.options.deterministic):
             self._check_usable()
             limit = max_batch or self.options.buckets[-1]
             found, seconds = [], {"sampling": 0.0, "vocoder": 0.0}
