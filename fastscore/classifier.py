@@ -52,6 +52,7 @@ class Stage(nn.Module):
         pulls = []
         if self.down is not None:
             h, pull = self.down.linearize(h)
+            h = self.down.complete(h)
             pulls.append(pull)
         for block in self.blocks:
             h, pull = block.linearize(h, emb)
@@ -89,9 +90,8 @@ class Classifier(Conditioned):
 
     def lower(self, x: Tensor, emb: Condition) -> Tensor:
         """Shallowest tap [B, C_1, n_mels / patch, frames / patch] of x [B, 1, n_mels, frames]."""
-        h = self.stem(self._patches(x))
-        # cast, or autocast's bf16 activations would be promoted to fp32 from here on
-        return self.stages[0](h + self.band.to(h.dtype), emb)
+        h = self.stem.product(self._patches(x))
+        return self.stages[0](self.stem.complete(h, band=self.band), emb)
 
     def upper(
         self, h: Tensor, emb: Condition, perturb: tuple[Tensor, ...] | None = None
@@ -117,7 +117,8 @@ class Classifier(Conditioned):
     def linearize_lower(self, x: Tensor, emb: Condition) -> tuple[Tensor, Pull]:
         """``lower`` without dropout and its pull-back to x."""
         h, pull_stem = self.stem.linearize(self._patches(x))
-        h, pull_stage = self.stages[0].linearize(h + self.band.to(h.dtype), emb)
+        h = self.stem.complete(h, band=self.band)
+        h, pull_stage = self.stages[0].linearize(h, emb)
 
         def pull(grad: Tensor) -> Tensor:
             return F.pixel_shuffle(pull_stem(pull_stage(grad)), self.config.patch)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from fastscore_kernels import norm_act, norm_act_linearize, resolve
+from fastscore_kernels import bias_add, norm_act, norm_act_linearize, resolve
 from torch import Tensor, nn
 
 # the pull-back of a linear map: cotangents of its output, any number for each sample (row i belongs
@@ -89,7 +89,35 @@ class Linear(_Preparable, nn.Linear):
 
 
 class Conv2d(_Preparable, nn.Conv2d):
-    """nn.Conv2d of x [B, C, H, W] that knows its pull-back."""
+    """nn.Conv2d of x [B, C, H, W] that knows its pull-back, and may leave its bias to others.
+
+    cuDNN adds a bias in a pass of its own. On the Triton backend ``product`` therefore leaves it
+    out, and the next norm takes it (``deferred``), or ``complete`` adds it with what is added there
+    anyway. On any other backend ``product`` is ``forward`` and nothing is left to add.
+    """
+
+    # of what adds the bias: `fastscore_kernels.BACKENDS`
+    backend: str | None = None
+
+    @property
+    def deferred(self) -> Tensor | None:
+        """The bias [C_out] that ``product`` leaves out; None where it leaves nothing out."""
+        return self.bias if self.backend == "triton" else None
+
+    def product(self, x: Tensor) -> Tensor:
+        """``forward`` without the bias that is ``deferred``."""
+        return self(x) if self.deferred is None else self._conv_forward(x, self.weight, None)
+
+    def complete(
+        self, y: Tensor, residual: Tensor | None = None, band: Tensor | None = None
+    ) -> Tensor:
+        """y of ``product`` + what is ``deferred`` + a residual like y + a band [1, C, H, 1]."""
+        if self.deferred is not None:
+            return bias_add(y, self.deferred, band, residual, backend=self.backend)
+        if residual is not None:
+            y = residual + y
+        # cast, or autocast's bf16 activations would be promoted to fp32 from here on
+        return y if band is None else y + band.to(y.dtype)
 
     def output_padding_of(self, x: Sequence[int], y: Sequence[int]) -> list[int]:
         """Rows and columns of an input of shape x that the stride of an output of y left over."""
@@ -102,12 +130,12 @@ class Conv2d(_Preparable, nn.Conv2d):
         ]
 
     def linearize(self, x: Tensor) -> tuple[Tensor, Pull]:
-        """``forward`` and its pull-back to x, the transposed convolution.
+        """``product`` and its pull-back to x, the transposed convolution.
 
         The weight serves both as it lies, so nothing is flipped or copied at run time, and
         exporters know the operation, which they do not of a convolution's backward pass.
         """
-        y = self(x)
+        y = self.product(x)
         padding = self.output_padding_of(x.shape, y.shape)
         # the type alone: x itself would be held until the pull-back is let go
         dtype = x.dtype
@@ -179,22 +207,24 @@ class NormAct(nn.Module):
         if self.film is not None:
             zero_init(self.film)
 
-    def _rows(self, emb: Condition | None) -> Tensor | None:
-        if self.film is None:
-            return None
-        return emb.rows[:, self.place] if isinstance(emb, FilmRows) else self.film(emb)
+    def _given(self, x: Tensor, emb: Condition | None) -> tuple:
+        """x, groups, affine parameters and FiLM rows, as `norm_act` takes them."""
+        film = None
+        if self.film is not None:
+            film = emb.rows[:, self.place] if isinstance(emb, FilmRows) else self.film(emb)
+        return x, self.groups, self.weight, self.bias, film
 
-    def forward(self, x: Tensor, emb: Condition | None = None) -> Tensor:
-        """Normalise, modulate and activate."""
-        film = self._rows(emb)
-        return norm_act(x, self.groups, self.weight, self.bias, film, backend=self.backend)
+    def forward(
+        self, x: Tensor, emb: Condition | None = None, pre_bias: Tensor | None = None
+    ) -> Tensor:
+        """Normalise, modulate and activate x + pre_bias, a bias [C] that x lacks."""
+        return norm_act(*self._given(x, emb), pre_bias=pre_bias, backend=self.backend)
 
-    def linearize(self, x: Tensor, emb: Condition | None = None) -> tuple[Tensor, PullNorm]:
+    def linearize(
+        self, x: Tensor, emb: Condition | None = None, pre_bias: Tensor | None = None
+    ) -> tuple[Tensor, PullNorm]:
         """``forward`` and its pull-back to x."""
-        film = self._rows(emb)
-        return norm_act_linearize(
-            x, self.groups, self.weight, self.bias, film, backend=self.backend
-        )
+        return norm_act_linearize(*self._given(x, emb), pre_bias=pre_bias, backend=self.backend)
 
 
 class ResBlock(nn.Module):
@@ -213,33 +243,34 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Condition) -> Tensor:
         """Add the block's residual to x."""
-        y = self.conv1(self.norm1(x))
-        return x + self.conv2(self.dropout(self.norm2(y, emb)))
+        y = self.norm2(self.conv1.product(self.norm1(x)), emb, self.conv1.deferred)
+        return self.conv2.complete(self.conv2.product(self.dropout(y)), x)
 
     def linearize(self, x: Tensor, emb: Condition) -> tuple[Tensor, Pull]:
         """``forward`` without dropout and its pull-back to x."""
         y, pull_norm1 = self.norm1.linearize(x)
         y, pull_conv1 = self.conv1.linearize(y)
-        y, pull_norm2 = self.norm2.linearize(y, emb)
+        y, pull_norm2 = self.norm2.linearize(y, emb, self.conv1.deferred)
         y, pull_conv2 = self.conv2.linearize(y)
 
         def pull(grad: Tensor) -> Tensor:
             return pull_norm1(pull_conv1(pull_norm2(pull_conv2(grad))), grad)
 
-        return x + y, pull
+        return self.conv2.complete(y, x), pull
 
 
 class Upsample(nn.Module):
-    """1x1 projection to the next width, nearest-neighbour doubling, 3x3 convolution."""
+    """1x1 projection to the next width, nearest-neighbour doubling, 3x3 convolution, a skip."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.proj = Conv2d(channels_in, channels_out, 1)
         self.conv = Conv2d(channels_out, channels_out, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C_in, H, W] -> [B, C_out, 2 H, 2 W]."""
-        return self.conv(F.interpolate(self.proj(x), scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """[B, C_in, H, W] -> [B, C_out, 2 H, 2 W], to which ``skip`` of that shape is added."""
+        wide = F.interpolate(self.proj(x), scale_factor=2.0, mode="nearest")
+        return self.conv.complete(self.conv.product(wide), skip)
 
 
 def chain(pulls: Sequence[Pull]) -> Pull:

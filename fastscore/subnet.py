@@ -150,11 +150,10 @@ class ScoreSubnet(Conditioned):
         h = fused[-1]
         for i in reversed(range(len(self.stages))):
             if i == 0:
-                h = h + self.stem(F.pixel_unshuffle(x, self.patch).to(self.stem.weight.dtype))
-                # cast, or autocast's bf16 activations would be promoted to fp32 from here on
-                h = h + self.band.to(h.dtype)
+                patches = F.pixel_unshuffle(x, self.patch).to(self.stem.weight.dtype)
+                h = self.stem.complete(self.stem.product(patches), h, self.band)
             for block in self.stages[i]:
                 h = block(h, condition)
             if i:
-                h = self.up[i - 1](h) + fused[i - 1]
+                h = self.up[i - 1](h, fused[i - 1])
         return F.pixel_shuffle(self.out(self.norm(h)), self.patch)

@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
         # a slice of channels-last channels is strided; the kernel wants its rows dense
         query, tokens = _dense(query), _dense(tokens)
         fused = tap_fuse(query, tokens, None, self.heads, True, self.backend)
-        return x + self.out(fused)
+        return self.out.complete(self.out.product(fused), x)
 
 
 class UNetBlock(nn.Module):
@@ -68,9 +68,9 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Condition) -> Tensor:
         """Add the block's residual to x, then attend."""
-        y = self.conv1(self.norm1(x))
-        y = self.conv2(self.dropout(self.norm2(y, emb)))
-        return self.attention(self.skip(x) + y)
+        y = self.norm2(self.conv1.product(self.norm1(x)), emb, self.conv1.deferred)
+        y = self.conv2.product(self.dropout(y))
+        return self.attention(self.conv2.complete(y, self.skip(x)))
 
 
 class UNet(Conditioned):
@@ -121,9 +121,8 @@ class UNet(Conditioned):
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """Raw output S of c_in x [B, 1, n_mels, frames] and c_noise [B], shaped as x."""
         emb = self.condition(self.embedding(c_noise))
-        h = self.stem(F.pixel_unshuffle(x, self.config.patch).to(self.stem.weight.dtype))
-        # cast, or autocast's bf16 activations would be promoted to fp32 from here on
-        h = h + self.band.to(h.dtype)
+        patches = F.pixel_unshuffle(x, self.config.patch).to(self.stem.weight.dtype)
+        h = self.stem.complete(self.stem.product(patches), band=self.band)
         skips = [h]
         for level, stage in enumerate(self.encoder):
             if level:

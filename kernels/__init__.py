@@ -5,6 +5,7 @@ kernels (``triton``); ``backend=`` chooses, `available` tells what is there.
 """
 
 from fastscore_kernels.backends import BACKENDS, available, resolve
+from fastscore_kernels.bias_add import bias_add
 from fastscore_kernels.norm_act import (
     norm_act,
     norm_act_backward,
@@ -22,6 +23,7 @@ __all__ = [
     "Norms",
     "Projections",
     "available",
+    "bias_add",
     "dense",
     "norm_act",
     "norm_act_backward",

@@ -62,6 +62,11 @@ def norm_act(
     return _norm_act(x, weight, bias, film, groups, *rest, stats.data_ptr()), stats
 
 
+def _biased(x: Tensor, pre_bias: Tensor | None) -> Tensor:
+    # a convolution on a CPU brings its bias along, so no kernel takes it
+    return x if pre_bias is None else x + pre_bias.to(x.dtype)[:, None, None]
+
+
 def norm_act_alone(*args: Any) -> Tensor:
     """`norm_act` without statistics, which only its VJP needs."""
     return _norm_act(*args, None)
@@ -75,8 +80,10 @@ def _norm_act(
     groups: int,
     act: bool,
     eps: float,
+    pre_bias: Tensor | None,
     mean: int | None,
 ) -> Tensor:
+    x = _biased(x, pre_bias)
     b, c, h, w = x.shape
     y = torch.empty_like(x)
     strides = _strides(x)
@@ -113,8 +120,10 @@ def _pull(
     groups: int,
     act: bool,
     addend: Tensor | None,
+    pre_bias: Tensor | None,
     sums: int | None,
 ) -> Tensor:
+    x = _biased(x, pre_bias)
     b, c, h, w = x.shape
     grad_x = torch.empty_like(grad)
     # all three have one layout: strides of a sample do not depend on how many there are

@@ -21,13 +21,16 @@ from fastscore_kernels.registration import (
 from torch import Tensor
 
 _FORWARD = (
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? film, int groups, bool act, float eps) "
-    "-> (Tensor, Tensor)"
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? film, int groups, bool act, float eps, "
+    "Tensor? pre_bias) -> (Tensor, Tensor)"
 )
 _BACKWARD = (
     "(Tensor grad, Tensor x, Tensor stats, Tensor weight, Tensor bias, Tensor? film, int groups, "
-    "bool act, Tensor? addend) -> (Tensor, Tensor)"
+    "bool act, Tensor? addend, Tensor? pre_bias) -> (Tensor, Tensor)"
 )
+
+# place of the addend among the backward operator's arguments
+_ADDEND = 8
 
 
 def norm_act(
@@ -38,6 +41,7 @@ def norm_act(
     film: Tensor | None = None,
     act: bool = True,
     eps: float = 1e-5,
+    pre_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Group normalisation with affine, optional FiLM, optional SiLU; differentiable.
@@ -45,13 +49,15 @@ def norm_act(
     x [B, C, H, W] fp32, bf16 or fp16, contiguous or channels-last; weight, bias [C] and film
     [B, 2 C] (scale, then shift) fp32 or of x's dtype. Returns, like x,
     act((1 + scale) * (weight * (x - mean) * rstd + bias) + shift), statistics in fp32 (Wu and He
-    2018; Perez et al. 2018). ValueError names the argument that does not fit, or what a backend
-    that is not there needs.
+    2018; Perez et al. 2018). pre_bias [C], fp32 or of x's dtype, is added to x before anything
+    else: the bias of the convolution that x comes from. ValueError names the argument that does not
+    fit, or what a backend that is not there needs.
     """
-    chosen = _prepare(x, groups, weight, bias, film, backend)
-    if chosen == "native" and direct((x, weight, bias, film)):
-        return cpu.norm_act_alone(x, weight, bias, film, groups, act, eps)
-    return _forward(chosen, x, weight, bias, film, groups, act, eps)[0]
+    chosen = _prepare(x, groups, weight, bias, film, pre_bias, backend)
+    args = (x, weight, bias, film, groups, act, eps, pre_bias)
+    if chosen == "native" and direct(args):
+        return cpu.norm_act_alone(*args)
+    return _forward(chosen, *args)[0]
 
 
 def norm_act_forward(
@@ -62,19 +68,26 @@ def norm_act_forward(
     film: Tensor | None = None,
     act: bool = True,
     eps: float = 1e-5,
+    pre_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`norm_act` and stats [2, B, groups] fp32, means and reciprocal deviations, for its VJP."""
-    chosen = _prepare(x, groups, weight, bias, film, backend)
-    return _forward(chosen, x, weight, bias, film, groups, act, eps)
+    chosen = _prepare(x, groups, weight, bias, film, pre_bias, backend)
+    return _forward(chosen, x, weight, bias, film, groups, act, eps, pre_bias)
 
 
 def _prepare(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, film: Tensor | None, backend: str | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    pre_bias: Tensor | None,
+    backend: str | None,
 ) -> str:
     """Check the arguments of the forward pass and choose the backend."""
     checks.activation("norm_act", "x", x)
-    _check_parameters(x, groups, weight, bias, film)
+    _check_parameters(x, groups, weight, bias, film, pre_bias)
     return choose(backend, x)
 
 
@@ -94,18 +107,19 @@ def norm_act_backward(
     film: Tensor | None = None,
     act: bool = True,
     addend: Tensor | None = None,
+    pre_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Vector-Jacobian product of `norm_act`, several cotangents of each sample at once.
 
     grad [R B, C, H, W]: row i belongs to sample i % B of x; stats as `norm_act_forward` gave them;
-    addend, like grad, is what flows into x beside: it is added to the cotangents of x.
-    Returns the cotangents of x [R B, C, H, W] and sums [2, R B, C] fp32 over positions of dz and of
-    dz * xhat, dz the cotangent of what enters the activation and xhat = (x - mean) * rstd: those of
+    addend, like grad, is what flows into x beside: it is added to the cotangents of x. Returns the
+    cotangents of x [R B, C, H, W] and sums [2, R B, C] fp32 over positions of dz and of dz * xhat,
+    dz the cotangent of what enters the activation and xhat = (x + pre_bias - mean) * rstd: those of
     the parameters follow from them. ValueError as for `norm_act`.
     """
     checks.activation("norm_act", "x", x)
-    _check_parameters(x, groups, weight, bias, film)
+    _check_parameters(x, groups, weight, bias, film, pre_bias)
     _check_cotangent(grad, x, addend)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     expected = (2, x.shape[0], groups)
@@ -116,8 +130,11 @@ def norm_act_backward(
         )
     chosen = choose(backend, x)
     if chosen == "reference":
-        return reference.norm_act_backward(grad, x, stats, weight, bias, film, groups, act, addend)
-    args = (_match(grad, x), x, stats, weight, bias, film, groups, act, _match(addend, x))
+        return reference.norm_act_backward(
+            grad, x, stats, weight, bias, film, groups, act, addend, pre_bias
+        )
+    rest = (x, stats, weight, bias, film, groups, act, _match(addend, x), pre_bias)
+    args = (_match(grad, x), *rest)
     return call(*_OPERATORS[chosen][1], *args)
 
 
@@ -129,20 +146,23 @@ def norm_act_linearize(
     film: Tensor | None = None,
     act: bool = True,
     eps: float = 1e-5,
+    pre_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Callable[..., Tensor]]:
     """`norm_act` and its pull-back to x, (grad, addend=None) as `norm_act_backward` takes them.
 
     Frozen parameters: theirs are not computed. Arguments are checked once for both.
     """
-    chosen = _prepare(x, groups, weight, bias, film, backend)
+    chosen = _prepare(x, groups, weight, bias, film, pre_bias, backend)
+    given = (x, weight, bias, film, groups, act, eps, pre_bias)
     if chosen == "reference":
-        return reference.norm_act_linearize(x, weight, bias, film, groups, act, eps)
-    y, stats = _forward(chosen, x, weight, bias, film, groups, act, eps)
+        return reference.norm_act_linearize(*given)
+    y, stats = _forward(chosen, *given)
 
     def pull(grad: Tensor, addend: Tensor | None = None) -> Tensor:
         _check_cotangent(grad, x, addend)
-        args = (_match(grad, x), x, stats, weight, bias, film, groups, act, _match(addend, x))
+        rest = (x, stats, weight, bias, film, groups, act, _match(addend, x), pre_bias)
+        args = (_match(grad, x), *rest)
         if chosen == "native" and direct(args):
             return cpu.norm_act_pull(*args)
         return call(*_OPERATORS[chosen][1], *args)[0]
@@ -160,16 +180,16 @@ def _check_cotangent(grad: Tensor, x: Tensor, addend: Tensor | None = None) -> N
         )
     if addend is not None:
         checks.activation("norm_act", "addend", addend)
-        checks.placed("norm_act", "addend", addend, "grad", grad)
-        if addend.shape != grad.shape:
-            raise ValueError(
-                f"norm_act: addend has shape {tuple(addend.shape)}; expected that of grad, "
-                f"{tuple(grad.shape)}"
-            )
+        checks.alike("norm_act", "addend", addend, "grad", grad)
 
 
 def _check_parameters(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, film: Tensor | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    pre_bias: Tensor | None,
 ) -> None:
     channels = x.shape[1]
     checks.dividing("norm_act", "groups", groups, channels)
@@ -178,6 +198,8 @@ def _check_parameters(
     checks.parameter("norm_act", "bias", bias, expected, x)
     if bias.dtype is not weight.dtype:
         checks.placed("norm_act", "bias", bias, "weight", weight)
+    if pre_bias is not None:
+        checks.parameter("norm_act", "pre_bias", pre_bias, expected, x)
     if film is not None:
         checks.floating("norm_act", "film", film)
         checks.on_device("norm_act", "film", film, "x", x)
@@ -187,7 +209,7 @@ def _check_parameters(
 
 
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, act: bool, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((2, x.shape[0], groups), dtype=torch.float32)
 
@@ -220,25 +242,28 @@ def _register_triton() -> None:
 
 
 def backward_operator(backend: str) -> Any:
-    """Operator (grad, x, stats, weight, bias, film, groups, act, addend) -> (grad_x, sums)."""
+    """The operator of `norm_act_backward`: its tensors and numbers in the schema's order."""
     return _OPERATORS[backend][1][0]
 
 
 def _derive(forward: Any, backward: Any) -> None:
     def save(ctx: Any, inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, film, groups, act, _ = inputs
-        ctx.save_for_backward(x, outputs[1], weight, bias, film)
+        x, weight, bias, film, groups, act, _, pre_bias = inputs
+        ctx.save_for_backward(x, outputs[1], weight, bias, film, pre_bias)
         ctx.mark_non_differentiable(outputs[1])
         ctx.groups, ctx.act = groups, act
 
     def pull(ctx: Any, grad: Tensor | None, _: None) -> tuple:
         if grad is None:
-            return (None,) * 7
-        x, stats, weight, bias, film = ctx.saved_tensors
+            return (None,) * 8
+        x, stats, weight, bias, film, pre = ctx.saved_tensors
         # autograd may hand over an expanded or sliced cotangent
         grad = _match(grad, x)
-        grad_x, sums = backward(grad, x, stats, weight, bias, film, ctx.groups, ctx.act, None)
-        return (grad_x, *parameter_gradients(sums, weight, bias, film), None, None, None)
+        args = (grad, x, stats, weight, bias, film, ctx.groups, ctx.act, None, pre)
+        grad_x, sums = backward(*args)
+        # it is added to every position
+        to_pre = None if pre is None else grad_x.sum((0, 2, 3), dtype=torch.float32).to(pre.dtype)
+        return (grad_x, *parameter_gradients(sums, weight, bias, film), None, None, None, to_pre)
 
     differentiate(forward, save, pull)
     once_differentiable(backward)
@@ -281,19 +306,20 @@ def _batch_backward(op: Any) -> None:
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         size = info.batch_size
         rows = []
-        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:-1]):
-            grad, addend = (
-                None if a is None else _folded(a, dim, size, _layout(args[1]))
-                for a, dim in ((args[0], in_dims[0]), (args[-1], in_dims[-1]))
-            )
-            grad_x, sums = op(grad, *args[1:-1], addend)
+        batched = {i for i, dim in enumerate(in_dims) if dim is not None}
+        if 0 in batched and batched <= {0, _ADDEND}:
+            given = list(args)
+            for i in (0, _ADDEND):
+                if args[i] is not None:
+                    given[i] = _folded(args[i], in_dims[i], size, _layout(args[1]))
+            grad_x, sums = op(*given)
             return (grad_x.unflatten(0, (size, -1)), sums.unflatten(1, (size, -1))), (0, 1)
         for i in range(size):
             picked = [
                 a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)
             ]
             picked[1] = picked[1].contiguous(memory_format=_layout(picked[1]))
-            for at in (0, -1):
+            for at in (0, _ADDEND):
                 if picked[at] is not None:
                     picked[at] = picked[at].contiguous(memory_format=_layout(picked[1]))
             rows.append(op(*picked))

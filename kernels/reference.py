@@ -26,16 +26,18 @@ def norm_act(
     groups: int,
     act: bool,
     eps: float,
+    pre_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Group normalisation with affine, optional FiLM, optional SiLU.
 
     x [B, C, H, W]; weight, bias [C]; film [B, 2 C] (scale, then shift) or None. Returns, in x's
     dtype, act((1 + scale) * (weight * (x - mean) * rstd + bias) + shift), and stats [2, B, groups]
-    fp32: means and rstd = 1 / sqrt(var + eps) (Wu and He 2018; Perez et al. 2018).
+    fp32: means and rstd = 1 / sqrt(var + eps) (Wu and He 2018; Perez et al. 2018). pre_bias [C] is
+    added to x before anything else.
     """
     b, c, h, w = x.shape
     y, mean, rstd = torch.native_group_norm(
-        wide(x), wide(weight), wide(bias), b, c, h * w, groups, eps
+        _biased(x, pre_bias), wide(weight), wide(bias), b, c, h * w, groups, eps
     )
     if film is not None:
         scale, shift = wide(film)[:, :, None, None].chunk(2, dim=1)
@@ -55,17 +57,18 @@ def norm_act_backward(
     groups: int,
     act: bool,
     addend: Tensor | None = None,
+    pre_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Vector-Jacobian product of `norm_act`, several cotangents of each sample at once.
 
     grad [R B, C, H, W]: row i belongs to sample i % B of x [B, C, H, W]. Returns its image
     [R B, C, H, W], to which addend of the same shape is added, and sums [2, R B, C] fp32 over
     positions of dz and of dz * xhat, where dz is the cotangent of what enters the activation and
-    xhat = (x - mean) * rstd.
+    xhat = (x + pre_bias - mean) * rstd.
     """
     b, c, h, w = x.shape
     copies = grad.shape[0] // b
-    rows = wide(x).repeat(copies, 1, 1, 1)
+    rows = _biased(x, pre_bias).repeat(copies, 1, 1, 1)
     mean, rstd = stats.repeat(1, copies, 1)
     spread = (copies * b, groups, c // groups, h * w)
     xhat = (rows.reshape(spread) - mean[:, :, None, None]) * rstd[:, :, None, None]
@@ -97,10 +100,11 @@ def norm_act_linearize(
     groups: int,
     act: bool,
     eps: float,
+    pre_bias: Tensor | None = None,
 ) -> tuple[Tensor, Callable[..., Tensor]]:
     """`norm_act` and its pull-back to x, by ATen's kernels on what the forward pass left."""
     b, c, h, w = x.shape
-    rows, gain = wide(x), wide(weight)
+    rows, gain = _biased(x, pre_bias), wide(weight)
     y, mean, rstd = torch.native_group_norm(rows, gain, wide(bias), b, c, h * w, groups, eps)
     scale = None
     if film is not None:
@@ -135,6 +139,10 @@ def norm_act_linearize(
     return (F.silu(z) if act else z).to(x.dtype), pull
 
 
+def _biased(x: Tensor, pre_bias: Tensor | None) -> Tensor:
+    return wide(x) if pre_bias is None else wide(x) + _per_channel(pre_bias)
+
+
 def _added(addend: Tensor | None, t: Tensor) -> Tensor:
     return t if addend is None else addend + t
 
@@ -142,6 +150,14 @@ def _added(addend: Tensor | None, t: Tensor) -> Tensor:
 def _repeat(t: Tensor, copies: int) -> Tensor:
     """``copies`` of a batch one after the other, in its layout, which ``Tensor.repeat`` loses."""
     return t if copies == 1 else torch.cat((t,) * copies)
+
+
+def bias_add(x: Tensor, bias: Tensor, band: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x [B, C, H, W] + bias [C] + band [1, C, H, 1] + residual like x, summed in fp32; like x."""
+    total = _biased(x, bias)
+    for t in (band, residual):
+        total = total if t is None else total + wide(t)
+    return total.to(x.dtype)
 
 
 def sample_rms(x: Tensor, floor: float = 1e-30) -> Tensor:
@@ -248,6 +264,7 @@ def solver_step(
 
 
 __all__ = [
+    "bias_add",
     "norm_act",
     "norm_act_backward",
     "norm_act_linearize",

@@ -110,7 +110,7 @@ def _derive(op: Any, pull_norm: Any) -> Any:
             own = stats[..., at : at + 2].permute(2, 0, 1).contiguous()
             layout = torch.contiguous_format if tap.is_contiguous() else torch.channels_last
             half = half.to(tap.dtype).contiguous(memory_format=layout)
-            args = (half, tap, own, w, b, None, ctx.groups, False, None)
+            args = (half, tap, own, w, b, None, ctx.groups, False, None, None)
             image, (dz, dz_xhat) = pull_norm(*args)
             halves.append((image, dz_xhat.sum(0).to(w.dtype), dz.sum(0).to(b.dtype), dz_xhat))
         (to_f, to_fw, to_fb, _), (to_g, to_gw, to_gb, dz_xhat) = halves

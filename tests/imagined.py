@@ -130,10 +130,11 @@ def traced() -> dict[str, list[str]]:
         counters = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
         flat = torch.empty(2, 1, 4, 4, device="cuda")
         calls = {
-            "norm_act": (ops.norm_act, x, vector, vector, film, 4, True, 1e-5),
+            "norm_act": (ops.norm_act, x, vector, vector, film, 4, True, 1e-5, vector),
             "norm_act_backward": (
-                *(ops.norm_act_backward, x, x, stats, vector, vector, film, 4, True, x),
+                *(ops.norm_act_backward, x, x, stats, vector, vector, film, 4, True, x, vector),
             ),
+            "bias_add": (ops.bias_add, x, vector, torch.empty(1, 16, 4, 1, device="cuda"), x),
             "tap_norm": (ops.tap_norm, x, x, 4, *[vector] * 4, 1e-5),
             "tap_fuse": (ops.tap_fuse, x, pair, pair, 2, True),
             "tap_fuse_backward": (ops.tap_fuse_backward, x, x, pair, pair, 2, True),

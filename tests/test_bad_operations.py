@@ -8,6 +8,7 @@ import torch
 from fastscore_kernels import (
     Norms,
     Projections,
+    bias_add,
     checks,
     library,
     norm_act,
@@ -58,6 +59,10 @@ BAD = {
         lambda k: norm_act(X, 4, W.to("meta"), W, backend=k),
     ],
     "norm_act: bias": [lambda k: norm_act(X.half(), 4, W, W.half(), backend=k)],
+    "norm_act: pre_bias": [
+        lambda k: norm_act(X, 4, W, W, pre_bias=W[:4], backend=k),
+        lambda k: norm_act(X, 4, W, W, pre_bias=W.half(), backend=k),
+    ],
     "norm_act: film": [
         lambda k: norm_act(X, 4, W, W, torch.ones(2, 8), backend=k),
         lambda k: norm_act(X, 4, W, W, torch.ones(1, 16), backend=k),
@@ -72,6 +77,21 @@ BAD = {
         lambda k: norm_act_backward(X, X, STATS, 4, W, W, addend=X[:1], backend=k),
         lambda k: norm_act_backward(X, X, STATS, 4, W, W, addend=X.half(), backend=k),
         lambda k: norm_act_backward(X, X, STATS, 4, W, W, addend=SLICED, backend=k),
+    ],
+    "bias_add: x": [lambda k: bias_add(X[0], W, backend=k)],
+    "bias_add: bias": [
+        lambda k: bias_add(X, W[:4], backend=k),
+        lambda k: bias_add(X, W.double(), backend=k),
+    ],
+    "bias_add: band": [
+        lambda k: bias_add(X, W, torch.ones(1, 8, 3, 2), backend=k),
+        lambda k: bias_add(X, W, torch.ones(1, *X.shape[1:3], 1).half(), backend=k),
+        lambda k: bias_add(X, W, torch.ones(1, *X.shape[1:3], 1, device="meta"), backend=k),
+    ],
+    "bias_add: residual": [
+        lambda k: bias_add(X, W, residual=X[:1], backend=k),
+        lambda k: bias_add(X, W, residual=X.half(), backend=k),
+        lambda k: bias_add(X, W, residual=SLICED, backend=k),
     ],
     "norm_act: stats": [
         lambda k: norm_act_backward(X, X, STATS[:1], 4, W, W, backend=k),

@@ -38,8 +38,8 @@ def test_gradients_of_all_inputs_through_autograd(op):
     p = weights(*[(12,)] * 4, (2, 24))
     run, given = {
         "norm_act": (
-            lambda k, x, w, b, film: norm_act(x, 4, w, b, film, backend=k),
-            [activation(2, 12, 3, 2), p[0], p[1], p[4]],
+            lambda k, x, w, b, film, pre: norm_act(x, 4, w, b, film, pre_bias=pre, backend=k),
+            [activation(2, 12, 3, 2), p[0], p[1], p[4], p[2]],
         ),
         "tap_norm": (
             lambda k, f, g, *p: torch.cat([t.flatten() for t in tap_norm(f, g, 4, *p, backend=k)]),
@@ -68,12 +68,12 @@ def test_vjp_and_opcheck():
     assert_near(y, z, 1e-5)
     assert_near(pull(grad)[0], expected(grad)[0], 1e-5)
     op = torch.ops.fastscore_triton.norm_act.default
-    torch.library.opcheck(op, (x.requires_grad_(), w, b, None, 4, True, 1e-5))
+    torch.library.opcheck(op, (x.requires_grad_(), w, b, None, 4, True, 1e-5, None))
     x = x.detach()
-    _, stats = op(x, w, b, None, 4, True, 1e-5)
+    _, stats = op(x, w, b, None, 4, True, 1e-5, b)
     backward = torch.ops.fastscore_triton.norm_act_backward.default
     for addend in (None, torch.randn_like(x)):
-        torch.library.opcheck(backward, (grad, x, stats, w, b, None, 4, True, addend))
+        torch.library.opcheck(backward, (grad, x, stats, w, b, None, 4, True, addend, b))
 
 
 def test_solver_step_has_the_reference_s_bits():

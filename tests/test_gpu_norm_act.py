@@ -31,9 +31,9 @@ def ways(op, way):
 
 def pulled(grad, x, *rest):
     """The reference's backward, on the layout that torch 2.11's group norm reads rightly."""
-    *rest, addend = rest
+    *rest, addend, pre_bias = rest
     addend = None if addend is None else addend.contiguous()
-    return reference.norm_act_backward(grad.contiguous(), x.contiguous(), *rest, addend)
+    return reference.norm_act_backward(grad.contiguous(), x.contiguous(), *rest, addend, pre_bias)
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +56,12 @@ def test_narrow_activations(dtype):
 def check(shape, dtype, way):
     last, film, act = way != "tiles", shape[0] > 1, shape[3] > 1
     x, weight, bias, film, groups = arguments(shape, dtype, last, film)
+    # what a norm with FiLM normalises lacks the bias of its convolution
+    pre = torch.randn_like(bias) if shape[0] > 1 else None
+    given = (x, weight, bias, film, groups, act, 1e-5, pre)
     with ways("norm_act", way):
-        y, stats = norm_act(x, weight, bias, film, groups, act, 1e-5)
-    expected, expected_stats = reference.norm_act(x, weight, bias, film, groups, act, 1e-5)
+        y, stats = norm_act(*given)
+    expected, expected_stats = reference.norm_act(*given)
     assert (y.dtype, y.stride()) == (dtype, x.stride())
     assert_near(y, expected, TOLERANCES[dtype])
     assert_near(stats, expected_stats, 1e-5)
@@ -67,7 +70,7 @@ def check(shape, dtype, way):
     grad = activation(copies * shape[0], shape[1], *shape[3:], dtype=dtype, last=last)
     # what flows past a block's first norm, which has no FiLM
     addend = None if shape[0] > 1 else torch.randn_like(grad)
-    given = (grad, x, expected_stats, weight, bias, film, groups, act, addend)
+    given = (grad, x, expected_stats, weight, bias, film, groups, act, addend, pre)
     with ways("norm_act_backward", way):
         grad_x, sums = norm_act_backward(*given)
     expected, expected_sums = pulled(*given)
@@ -84,7 +87,7 @@ def test_backward_is_the_derivative():
     y, stats = reference.norm_act(*leaves, groups, True, 1e-5)
     expected = torch.autograd.grad(y, leaves, grad)
     with torch.no_grad():
-        given = (grad, x, stats, weight, bias, film, groups, True, None)
+        given = (grad, x, stats, weight, bias, film, groups, True, None, None)
         grad_x, (dz, dz_xhat) = norm_act_backward(*given)
         gain = 1 + film[:, : x.shape[1]]
         assert_near(grad_x, expected[0], 1e-5)
@@ -101,7 +104,7 @@ def test_a_large_mean_costs_no_digits(way, last):
     x = activation(2, 8, 9, 5, last=last) + 3000
     ones, zeros = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
     with ways("norm_act", way):
-        y, _ = norm_act(x, ones, zeros, None, 2, False, 1e-5)
+        y, _ = norm_act(x, ones, zeros, None, 2, False, 1e-5, None)
     wide = x.double().reshape(2, 2, -1)
     wide = (wide - wide.mean(2, keepdim=True)) / (wide.var(2, correction=0, keepdim=True)).sqrt()
     assert_near(y, wide.reshape(x.shape), 2e-3)
@@ -110,10 +113,10 @@ def test_a_large_mean_costs_no_digits(way, last):
 def test_film_may_be_a_slice_and_cotangents_of_another_layout():
     x, weight, bias, _, groups = arguments((2, 8, 2, 4, 3), torch.float32, True, False)
     film = torch.randn(2, 40, device=DEVICE)[:, 3:19]
-    y, stats = norm_act(x, weight, bias, film, groups, True, 1e-5)
+    y, stats = norm_act(x, weight, bias, film, groups, True, 1e-5, None)
     assert_near(y, reference.norm_act(x, weight, bias, film, groups, True, 1e-5)[0], 1e-5)
     grad = activation(4, 8, 4, 3, last=False)
-    given = (x, stats, weight, bias, film, groups, True, activation(4, 8, 4, 3))
+    given = (x, stats, weight, bias, film, groups, True, activation(4, 8, 4, 3), None)
     actual, sums = norm_act_backward(grad, *given)
     expected, expected_sums = pulled(grad, *given)
     assert actual.stride() == grad.stride()
@@ -123,7 +126,7 @@ def test_film_may_be_a_slice_and_cotangents_of_another_layout():
 
 def test_narrow_parameters():
     x, weight, bias, film, groups = arguments((2, 8, 2, 4, 3), torch.bfloat16, True, True)
-    narrow = [t.bfloat16() for t in (weight, bias, film)]
-    y, _ = norm_act(x, *narrow, groups, True, 1e-5)
-    expected, _ = reference.norm_act(x, *narrow, groups, True, 1e-5)
+    narrow = [t.bfloat16() for t in (weight, bias, film, torch.randn_like(bias))]
+    y, _ = norm_act(x, *narrow[:3], groups, True, 1e-5, narrow[3])
+    expected, _ = reference.norm_act(x, *narrow[:3], groups, True, 1e-5, narrow[3])
     assert_near(y, expected, TOLERANCES[torch.bfloat16])

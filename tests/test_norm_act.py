@@ -92,6 +92,21 @@ def test_gradients_of_all_inputs(film, act, backend):
         assert_near(a, wide(b), 1e-5)
 
 
+def test_a_bias_before_the_statistics(backend):
+    """Of values and of all gradients: as if it had been added to x."""
+    x, groups, *parameters = case((2, 12, 4, 5, 3), torch.float32, torch.channels_last, True)
+    leaves = [t.requires_grad_() for t in (x, torch.randn(12), *parameters)]
+    grad = torch.randn_like(x)
+    found = []
+    for apart in (False, True):
+        x, pre, weight, bias, film = leaves
+        given = (x, pre) if apart else (x + pre[:, None, None], None)
+        y = norm_act(given[0], groups, weight, bias, film, pre_bias=given[1], backend=backend)
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, grad)))
+    for actual, expected in zip(*found, strict=True):
+        assert_near(actual, wide(expected), 2e-5)
+
+
 def test_statistics_stay_wide(backend):
     """Means of thousands over narrow numbers: sums in their own dtype would lose the difference."""
     # ATen's own channels-last norm loses it: the reference is held to what it can

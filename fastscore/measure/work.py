@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastscore.cost import inputs, on_meta
 from fastscore.denoiser import Denoiser
-from fastscore.layers import NormAct, Pull
+from fastscore.layers import NormAct, PullNorm
 from fastscore.measure import macs
 from fastscore.measure.roofline import Peaks, bound
 from fastscore.subnet import TapFusion
@@ -191,8 +191,8 @@ class _Walk:
         self._add(name, macs.FORWARD, kind, 0, 0, must, 0, self._type(x))
 
     def _linearized(self, name: str, linearize: Callable[..., Any]) -> Callable[..., Any]:
-        def linearized(x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Pull]:
-            y, pull = linearize(x, emb)
+        def linearized(x: Tensor, *rest: Any) -> tuple[Tensor, PullNorm]:
+            y, pull = linearize(x, *rest)
             self._norm(name, "norm_act", x)
 
             def pulled(grad: Tensor, addend: Tensor | None = None) -> Tensor:

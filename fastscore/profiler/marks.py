@@ -218,6 +218,11 @@ class Marks:
                 self._wrap(
                     module, "linearize", lambda call, m=module, p=path, k=make: k(m, p, call)
                 )
+            if isinstance(module, Conv2d) and module.deferred is not None:
+                # with nothing left out it is ``forward``, which is marked
+                self._wrap(
+                    module, "product", lambda call, m=module, p=path: self._forward(m, p, call)
+                )
             if isinstance(module, Linear):
                 self._wrap(module, "pull", lambda call, m=module, p=path: self._pull(m, p, call))
 
@@ -249,7 +254,7 @@ class Marks:
 
     def _linearize_conv(self, module: nn.Module, path: str, call: Callable) -> Callable:
         def linearize(x: Tensor) -> tuple[Tensor, Callable]:
-            # the call within is that of ``forward``, which is marked
+            # the call within is that of ``product``, which is marked
             y, pull = call(x)
             return y, self._pulling(module, path, x.shape, y.shape, pull)
 

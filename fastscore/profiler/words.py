@@ -25,6 +25,7 @@ _OURS = {
     "queries_backward": "attention over taps, pulled back",
     "keys_backward": "attention over taps, pulled back",
     "solver_step": "solver step with its noise",
+    "bias_add": "bias and residual added",
     "normals": "noise",
     "winograd": f"3{TIMES}3 convolution by Winograd's filtering",
     "linear": "linear layer",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from fastscore_kernels.gpu import shapes
+from fastscore_kernels.gpu.bias_add import bias_add
 from fastscore_kernels.gpu.norm_act import norm_act, norm_act_backward
 from fastscore_kernels.gpu.solver_step import normals, solver_step
 from fastscore_kernels.gpu.tap_fuse import tap_fuse, tap_fuse_backward
@@ -14,7 +15,7 @@ from fastscore_kernels.gpu.tap_norm import tap_norm
 from fastscore_kernels.gpu.tap_path import tap_path
 from torch import Tensor
 
-OPS = ("norm_act", "tap_norm", "tap_fuse", "tap_path", "solver_step")
+OPS = ("norm_act", "bias_add", "tap_norm", "tap_fuse", "tap_path", "solver_step")
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,31 @@ def _norm_act(
         x = _plane(batch, channels, plane, dtype)
         weight, bias = _vector(channels, dtype=dtype), _vector(channels, dtype=dtype)
         rows = _vector(batch, 2 * channels, dtype=dtype) if film else None
-        _, stats = norm_act(x, weight, bias, rows, model.groups, True, shapes.EPS)
-        # of norms without FiLM the first of a block adds what flows past it
+        # what norms with FiLM normalise lacks a bias; what flows past those without is added
+        pre = weight if film else None
+        _, stats = norm_act(x, weight, bias, rows, model.groups, True, shapes.EPS, pre)
         for addend in (None,) if film else (None, x):
-            norm_act_backward(x, x, stats, weight, bias, rows, model.groups, True, addend)
+            norm_act_backward(x, x, stats, weight, bias, rows, model.groups, True, addend, pre)
 
     return call
+
+
+def _bias_adds(preset: str, dtype: torch.dtype, batch: int, label: str) -> Iterator[Case]:
+    for model in (shapes.CLASSIFIERS[preset], shapes.SUBNETS[preset]):
+        for channels, plane in zip(model.channels, shapes.PLANES, strict=True):
+            for banded in (False, True):
+
+                def call(
+                    c: int = channels, plane: tuple[int, int] = plane, banded: bool = banded
+                ) -> None:
+                    x = _plane(batch, c, plane, dtype)
+                    # the classifier's stem has a band and no residual, blocks have no band
+                    band = _plane(1, c, (plane[0], 1), torch.float32) if banded else None
+                    for residual in (x, None) if banded else (x,):
+                        bias_add(x, _vector(c, dtype=dtype), band, residual)
+
+                name = f"{label} c{channels} {plane[0]}x{plane[1]} {'band' if banded else 'block'}"
+                yield Case("bias_add", name, call)
 
 
 def _tap_norms(preset: str, dtype: torch.dtype, batch: int, label: str) -> Iterator[Case]:
@@ -169,6 +189,7 @@ def _solver_steps(dtype: torch.dtype, batch: int, label: str) -> Iterator[Case]:
 
 _OF_OP = {
     "norm_act": _norm_acts,
+    "bias_add": _bias_adds,
     "tap_norm": _tap_norms,
     "tap_fuse": _tap_fuses,
     "tap_path": _tap_paths,

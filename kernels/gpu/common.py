@@ -133,6 +133,12 @@ def load_affine(weight, bias, film, film_stride, b, c, c_mask, C: tl.constexpr, 
 
 
 @triton.jit
+def load_pre_bias(pre_bias, c, c_mask):
+    """What is added to every channel before the normalisation, [BLOCK_C] fp32."""
+    return tl.load(pre_bias + c, mask=c_mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b on tensor cores, fp32 accumulation.
 

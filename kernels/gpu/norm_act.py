@@ -17,6 +17,7 @@ from fastscore_kernels.gpu.common import (
     finish_moments,
     group_moments,
     load_affine,
+    load_pre_bias,
     membership,
     sigmoid,
     spread,
@@ -43,6 +44,7 @@ def norm_act_kernel(
     bias,
     film,
     film_stride,
+    pre_bias,
     y,
     stats,
     batch,
@@ -52,6 +54,7 @@ def norm_act_kernel(
     G: tl.constexpr,
     BUNDLE: tl.constexpr,
     LAST: tl.constexpr,
+    PRE: tl.constexpr,
     FILM: tl.constexpr,
     ACT: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -79,6 +82,9 @@ def norm_act_kernel(
         mean_c, m2_c = finish_moments(first, d, d * d, N * 1.0, False)
     else:
         mean_c, m2_c = channel_moments(x, c, c_mask, 0, N, C, N, LAST, BLOCK_N, False)
+    if PRE:
+        # it moves a channel's mean and no difference from it
+        mean_c += load_pre_bias(pre_bias, c, c_mask)
     member = membership(c_mask, CPG, BLOCK_C, BLOCK_G)
     mean, m2 = group_moments(mean_c, m2_c, member, N * 1.0, CPG)
     rstd = 1.0 / tl.sqrt_rn(m2 / (N * CPG * 1.0) + EPS)
@@ -88,6 +94,8 @@ def norm_act_kernel(
     factor, summand = load_affine(weight, bias, film, film_stride, b, c, c_mask, C, FILM)
     factor *= spread(rstd, member)
     centre = spread(mean, member)
+    if PRE:
+        centre -= load_pre_bias(pre_bias, c, c_mask)
     if WHOLE:
         z = normalise_tile(tile, centre, factor, summand, ACT)
         tl.store(y + offsets, z.to(y.dtype.element_ty), mask=mask)
@@ -104,6 +112,7 @@ def norm_act_kernel(
 @triton.jit
 def norm_act_partial_kernel(
     x,
+    pre_bias,
     partial,
     N,
     chunk,
@@ -112,6 +121,7 @@ def norm_act_partial_kernel(
     G: tl.constexpr,
     BUNDLE: tl.constexpr,
     LAST: tl.constexpr,
+    PRE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -123,11 +133,14 @@ def norm_act_partial_kernel(
     g0 = tl.program_id(2) * BUNDLE
     lane = tl.arange(0, BLOCK_C)
     c_mask = lane < BUNDLE * CPG
+    c = g0 * CPG + lane
     start = split * chunk
     stop = tl.minimum(start + chunk, N)
     mean_c, m2_c = channel_moments(
-        x + b * C * N, g0 * CPG + lane, c_mask, start, stop, C, N, LAST, BLOCK_N, False
+        x + b * C * N, c, c_mask, start, stop, C, N, LAST, BLOCK_N, False
     )
+    if PRE:
+        mean_c += load_pre_bias(pre_bias, c, c_mask)
     member = membership(c_mask, CPG, BLOCK_C, BLOCK_G)
     mean, m2 = group_moments(mean_c, m2_c, member, (stop - start) * 1.0, CPG)
     g = tl.arange(0, BLOCK_G)
@@ -144,6 +157,7 @@ def norm_act_apply_kernel(
     bias,
     film,
     film_stride,
+    pre_bias,
     y,
     stats,
     batch,
@@ -155,6 +169,7 @@ def norm_act_apply_kernel(
     G: tl.constexpr,
     BUNDLE: tl.constexpr,
     LAST: tl.constexpr,
+    PRE: tl.constexpr,
     FILM: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -185,6 +200,8 @@ def norm_act_apply_kernel(
     factor, summand = load_affine(weight, bias, film, film_stride, b, c, c_mask, C, FILM)
     factor *= spread(rstd, member)
     centre = spread(mean, member)
+    if PRE:
+        centre -= load_pre_bias(pre_bias, c, c_mask)
     x += b * C * N
     y += b * C * N
     start = split * chunk
@@ -206,10 +223,12 @@ def norm_act(
     groups: int,
     act: bool,
     eps: float,
+    pre_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Group normalisation, FiLM and SiLU of x [B, C, H, W], and stats [2, B, groups] fp32.
 
-    weight, bias [C]; film [B, 2C] (scale, then shift) or None. stats are means and rstd.
+    weight, bias [C]; film [B, 2C] (scale, then shift) or None; pre_bias [C] is added to x first,
+    None adds nothing. stats are means and rstd.
     """
     batch, channels = x.shape[:2]
     positions = x.shape[2] * x.shape[3]
@@ -217,8 +236,11 @@ def norm_act(
     y = torch.empty_like(x)
     stats = torch.empty(2, batch, groups, dtype=torch.float32, device=x.device)
     film_row, film_stride = film_rows(film, weight)
-    affine = (weight, bias, film_row, film_stride, y, stats, batch, positions)
+    # without one a pointer that nobody reads
+    pre = weight if pre_bias is None else pre_bias
+    affine = (weight, bias, film_row, film_stride, pre, y, stats, batch, positions)
     shape = {"C": channels, "G": groups, "BUNDLE": plan.bundle, "LAST": is_last(x)}
+    shape["PRE"] = pre_bias is not None
     blocks = {"BLOCK_N": plan.block_n, "BLOCK_C": plan.block_c, "BLOCK_G": plan.block_g}
     form = {"EPS": eps, "FILM": film is not None, "ACT": act}
     common = {**shape, **blocks, "num_warps": plan.warps}
@@ -229,7 +251,7 @@ def norm_act(
     partial = torch.empty(batch, plan.splits, 2, groups, dtype=torch.float32, device=x.device)
     grid = (batch, plan.splits, groups // plan.bundle)
     stretch = (plan.chunk, plan.splits)
-    launch(norm_act_partial_kernel, grid, x, partial, positions, *stretch, **common)
+    launch(norm_act_partial_kernel, grid, x, pre, partial, positions, *stretch, **common)
     launch(
         norm_act_apply_kernel,
         grid,

@@ -13,6 +13,7 @@ from fastscore_kernels.gpu.common import (
     at_position,
     gather,
     load_affine,
+    load_pre_bias,
     membership,
     sigmoid,
     spread,
@@ -23,13 +24,27 @@ from torch import Tensor
 
 
 @triton.jit
-def load_statistics(stats, batch, b, g0, member, G: tl.constexpr, BUNDLE: tl.constexpr):
-    """Mean and rstd of every channel of a program, from stats [2, batch, G]."""
+def load_statistics(
+    stats,
+    pre_bias,
+    batch,
+    b,
+    g0,
+    c,
+    c_mask,
+    member,
+    G: tl.constexpr,
+    BUNDLE: tl.constexpr,
+    PRE: tl.constexpr,
+):
+    """What to take from x, and rstd, for every channel of a program, from stats [2, batch, G]."""
     g = tl.arange(0, member.shape[1])
     row = stats + b * G + g0 + g
-    mean = tl.load(row, mask=g < BUNDLE, other=0.0)
-    rstd = tl.load(row + batch * G, mask=g < BUNDLE, other=0.0)
-    return spread(mean, member), spread(rstd, member)
+    mean = spread(tl.load(row, mask=g < BUNDLE, other=0.0), member)
+    rstd = spread(tl.load(row + batch * G, mask=g < BUNDLE, other=0.0), member)
+    if PRE:
+        mean -= load_pre_bias(pre_bias, c, c_mask)
+    return mean, rstd
 
 
 @triton.jit
@@ -69,6 +84,7 @@ def norm_act_backward_kernel(
     bias,
     film,
     film_stride,
+    pre_bias,
     addend,
     grad_x,
     sums,
@@ -79,6 +95,7 @@ def norm_act_backward_kernel(
     G: tl.constexpr,
     BUNDLE: tl.constexpr,
     LAST: tl.constexpr,
+    PRE: tl.constexpr,
     FILM: tl.constexpr,
     ACT: tl.constexpr,
     ADD: tl.constexpr,
@@ -97,7 +114,7 @@ def norm_act_backward_kernel(
     c_mask = lane < BUNDLE * CPG
     c = g0 * CPG + lane
     member = membership(c_mask, CPG, BLOCK_C, BLOCK_G)
-    mean, rstd = load_statistics(stats, batch, b, g0, member, G, BUNDLE)
+    mean, rstd = load_statistics(stats, pre_bias, batch, b, g0, c, c_mask, member, G, BUNDLE, PRE)
     factor, summand = load_affine(weight, bias, film, film_stride, b, c, c_mask, C, FILM)
     x += b * C * N
     grad += row * C * N
@@ -144,6 +161,7 @@ def norm_act_backward_partial_kernel(
     bias,
     film,
     film_stride,
+    pre_bias,
     channel_sums,
     group_sums,
     batch,
@@ -154,6 +172,7 @@ def norm_act_backward_partial_kernel(
     G: tl.constexpr,
     BUNDLE: tl.constexpr,
     LAST: tl.constexpr,
+    PRE: tl.constexpr,
     FILM: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -174,7 +193,7 @@ def norm_act_backward_partial_kernel(
     c_mask = lane < BUNDLE * CPG
     c = g0 * CPG + lane
     member = membership(c_mask, CPG, BLOCK_C, BLOCK_G)
-    mean, rstd = load_statistics(stats, batch, b, g0, member, G, BUNDLE)
+    mean, rstd = load_statistics(stats, pre_bias, batch, b, g0, c, c_mask, member, G, BUNDLE, PRE)
     factor, summand = load_affine(weight, bias, film, film_stride, b, c, c_mask, C, FILM)
     x += b * C * N
     grad += row * C * N
@@ -220,6 +239,7 @@ def norm_act_backward_apply_kernel(
     bias,
     film,
     film_stride,
+    pre_bias,
     channel_sums,
     group_sums,
     addend,
@@ -234,6 +254,7 @@ def norm_act_backward_apply_kernel(
     G: tl.constexpr,
     BUNDLE: tl.constexpr,
     LAST: tl.constexpr,
+    PRE: tl.constexpr,
     FILM: tl.constexpr,
     ACT: tl.constexpr,
     ADD: tl.constexpr,
@@ -262,7 +283,9 @@ def norm_act_backward_apply_kernel(
             tl.store(sums + (rows + row) * C + at, sum_dx, mask=known)
     else:
         member = membership(c_mask, CPG, BLOCK_C, BLOCK_G)
-        mean, rstd = load_statistics(stats, batch, b, g0, member, G, BUNDLE)
+        mean, rstd = load_statistics(
+            stats, pre_bias, batch, b, g0, c, c_mask, member, G, BUNDLE, PRE
+        )
         factor, summand = load_affine(weight, bias, film, film_stride, b, c, c_mask, C, FILM)
         g = tl.arange(0, BLOCK_G)
         group_d = sum_splits(group_sums, row, splits, g0 + g, g < BUNDLE, G, 0, BLOCK_S)
@@ -294,11 +317,13 @@ def norm_act_backward(
     groups: int,
     act: bool,
     addend: Tensor | None,
+    pre_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Cotangent of x, like grad [R B, C, H, W], and sums [2, R B, C] fp32 of dz and dz * xhat.
 
     x [B, C, H, W], stats [2, B, groups] as ``norm_act`` returned them; row i of grad belongs to
-    sample i % B. addend, shaped as grad, is added to the cotangent; None adds nothing.
+    sample i % B. addend, shaped as grad, is added to the cotangent, and pre_bias [C] was to x;
+    None adds nothing.
     """
     batch, channels = x.shape[:2]
     rows, positions = grad.shape[0], x.shape[2] * x.shape[3]
@@ -308,12 +333,15 @@ def norm_act_backward(
     grad_x = torch.empty_like(cotangent)
     sums = torch.empty(2, rows, channels, dtype=torch.float32, device=x.device)
     film_row, film_stride = film_rows(film, weight)
-    given = (cotangent, x, stats.contiguous(), weight, bias, film_row, film_stride)
+    # in place of what is not there, pointers that nobody reads
+    pre = weight if pre_bias is None else pre_bias
+    given = (cotangent, x, stats.contiguous(), weight, bias, film_row, film_stride, pre)
     common = {
         "C": channels,
         "G": groups,
         "BUNDLE": plan.bundle,
         "LAST": is_last(x),
+        "PRE": pre_bias is not None,
         "FILM": film is not None,
         "ACT": act,
         "BLOCK_N": plan.block_n,
@@ -322,7 +350,6 @@ def norm_act_backward(
         "num_warps": plan.warps,
     }
     bundles = groups // plan.bundle
-    # without one a pointer that nobody reads
     outs = (cotangent if addend is None else like(addend, x), grad_x, sums, batch, rows)
     adding = {"ADD": addend is not None}
     if plan.splits == 1:
