@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 from typing import Any
 
@@ -25,9 +26,12 @@ import torch
 from contenders import Contender, contenders
 from fastscore_kernels import resolve
 from fastscore_kernels.backends import interpreting
+from fastscore_kernels.gpu.launch import Device
+from precompile import Compilers
 from problems import NAMES, Problem, problems
 from replays import STATES, Replay, lane, replay, sentence, sets, timed
 from stage import Stage, parser
+from tunables import device_here, launches
 
 from fastscore.measure.operations import Case, case, exact
 from fastscore.measure.results import Check
@@ -218,10 +222,13 @@ def run(stage: Stage, args: argparse.Namespace) -> None:
     stage.values["backend"] = backend
     clock = Clock(stage, sum(p.name not in stage.rows for p in todo))
     again = [p for p in todo if p.name in stage.rows and unfinished(stage.rows[p.name])]
-    with torch.no_grad(), lane(stage.device):
+    device = device_here(stage.device)
+    with torch.no_grad(), lane(stage.device), Compilers(device) as compilers:
+        begun = _compile_ahead([p for p in todo if p.name not in stage.rows], device, compilers)
         for problem in todo:
             if stage.wants(problem.name, clock.row):
                 clock.rows_left -= 1
+                wait(begun.get(problem.name, []))
                 _add(stage, problem, backend, rounds, clock, args.no_compile)
                 again += [problem] if unfinished(stage.rows[problem.name]) else []
         for problem in again:
@@ -231,6 +238,15 @@ def run(stage: Stage, args: argparse.Namespace) -> None:
     here = {p.name: stage.rows[p.name] for p in todo if p.name in stage.rows}
     stage.values["summary"] = summary(here, len(todo))
     stage.finish(expected=len(todo))
+
+
+def _compile_ahead(
+    todo: list[Problem], device: Device, compilers: Compilers
+) -> dict[str, list[Future[str]]]:
+    """Our kernels of all rows, in their order; a row waits for its own."""
+    if not compilers.active:
+        return {}
+    return {p.name: compilers.start(launches(p, device)) for p in todo}
 
 
 def _add(

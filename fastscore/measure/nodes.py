@@ -35,10 +35,14 @@ _NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "device", "sym_
 
 @dataclass
 class Launches:
-    """Kernels by name, in order of their number, and transfers between host and device."""
+    """Kernels by name, in order of their number, and transfers between host and device.
+
+    ``made`` are the launches of our own kernels as `launch.record` has them, where predicted.
+    """
 
     kernels: Counter[str] = field(default_factory=Counter)
     transfers: list[str] = field(default_factory=list)
+    made: list[Any] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -75,9 +79,14 @@ def _moved(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, device=DEVICE, memory_format=layout)
 
 
-def predicted(function: Callable[[], Any], arch: str = "sm_90") -> Launches:
-    """Launches of ``function``, which computes with tensors of `imagined`, on a GPU of ``arch``."""
-    census = _Census(arch)
+def predicted(
+    function: Callable[[], Any], arch: str = "sm_90", device: Any | None = None
+) -> Launches:
+    """Launches of ``function``, which computes with tensors of `imagined`, on a GPU of ``arch``.
+
+    ``device`` is another one that the rules of the kernels are to know (`launch.Device`).
+    """
+    census = _Census(arch, device)
     with census:
         function()
     return census.launches
@@ -86,10 +95,10 @@ def predicted(function: Callable[[], Any], arch: str = "sm_90") -> Launches:
 class _Census(TorchDispatchMode):
     """Notes what every operation would launch, and lets it go on."""
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, arch: str, device: Any | None) -> None:
         super().__init__()
         self.launches = Launches()
-        self._arch = arch
+        self._arch, self._device = arch, device
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -111,9 +120,10 @@ class _Census(TorchDispatchMode):
         from fastscore_kernels.gpu.launch import DEVICES, record
 
         # what it does in PyTorch beside its launches (copies of layouts) is noted as well
-        with record(DEVICES[self._arch]) as launches, self:
+        with record(self._device or DEVICES[self._arch]) as launches, self:
             start(*args)
         self.launches.kernels.update(one.kernel.fn.__name__ for one in launches)
+        self.launches.made += launches
 
     def _note_transfer(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         places = {t.device.type for t in tree_leaves((args, kwargs, result)) if _is_tensor(t)}
