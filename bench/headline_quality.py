@@ -2,16 +2,24 @@
 
     python bench/headline_quality.py --data digits-human digits-synth [--only scoresubnet] \
         [--n 500] [--seed 0] [--nfe 8 12 25 50] [--out bench/results/headline/quality.jsonl]
+    python bench/headline_quality.py --size paper --device cuda --precision bf16 --minutes 9 \
+        --data .. --dnsmos-clips 40 --keep-waves WAVES
+    python bench/headline_quality.py --size paper --add-dnsmos WAVES
 
 Every row is drawn with the sampler, levels, strength and noise of the shipped preset: one setting
 for all contestants, chosen on ScoreSubnet; --guidance draws with another strength. Sample i of a
 row has label i mod 10 and the same noise in all rows. Rows that the file holds already for the
-same weights are not drawn again.
+same weights, device and precision are not drawn again, and none is begun that --minutes would cut.
+
+Where speechmos is missing a row says so; --keep-waves keeps the clips that it would have rated, in
+float16, and --add-dnsmos rates them where it is there. --dry draws few clips: does it run?
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import sys
 import tempfile
@@ -23,20 +31,36 @@ from typing import Any
 
 import numpy as np
 import torch
-from contestants import CONTESTANTS, trained_preset
+from contestants import CONTESTANTS, SIZES, trained_preset
 from tqdm import tqdm
 
+from artifacts import VOCODERS
 from fastscore.audio import fit_length
 from fastscore.data import load_waves
 from fastscore.files import write_bytes
 from fastscore.measure.provenance import commit, versions
-from fastscore.metrics.measure import Heard, add_dnsmos, listen, measure, split_recordings
+from fastscore.metrics.dnsmos import check_installed
+from fastscore.metrics.measure import (
+    Heard,
+    clips_for_dnsmos,
+    listen,
+    mean_dnsmos,
+    measure,
+    split_recordings,
+)
 from fastscore.metrics.recogniser import load_recogniser
 from fastscore.pipeline import Pipeline
 
 NFES = (8, 12, 25, 50)
 BATCH = 50
-OUT = Path(__file__).resolve().parent / "results" / "headline" / "quality.jsonl"
+HEADLINE = Path(__file__).resolve().parent / "results" / "headline"
+# of rows that were written before there was a choice
+FIRST = {"size": "tiny", "vocoder": "digits", "device": "cpu", "precision": "fp32"}
+
+
+def out_file(size: str) -> Path:
+    """Where the rows of a size lie."""
+    return HEADLINE / ("quality.jsonl" if size == "tiny" else f"quality-{size}.jsonl")
 
 
 class Judge:
@@ -45,7 +69,7 @@ class Judge:
     def __init__(
         self, pipeline: Pipeline, roots: Sequence[Path], n: int, cache: Path | None
     ) -> None:
-        self.recogniser = load_recogniser()
+        self.recogniser = load_recogniser().to(pipeline.device)
         with warnings.catch_warnings():
             # speakers that are in two splits do not matter to a reference
             warnings.simplefilter("ignore")
@@ -65,17 +89,14 @@ class Judge:
     def listen(self, waves: torch.Tensor, meant: np.ndarray) -> Heard:
         return listen(self.recogniser, waves.float(), meant)
 
-    def row(self, heard: Heard, guided: bool, dnsmos: int, seed: int) -> dict[str, Any]:
+    def row(self, heard: Heard, guided: bool, seed: int) -> dict[str, Any]:
         row = measure("", "", heard, self.shown, self.reference, seed, bootstrap=200)
-        if dnsmos:
-            add_dnsmos(row, heard, dnsmos, lambda done: None)
         rate = row.recognised if guided else row.confident
         return {
             "n": row.n,
             # guided: heard as meant; unguided: some digit heard with confidence
             "right": [rate.successes / rate.n, rate.low, rate.high],
             "frechet": [row.distance.value, row.distance.low, row.distance.high],
-            "dnsmos": row.dnsmos,
             "spread": row.spread,
             "labels": row.label_counts,
         }
@@ -116,13 +137,69 @@ def key(row: dict[str, Any]) -> tuple:
     return (
         *(row["contestant"], row["guided"], row["nfe"], row["seed"], row["n"]),
         *(row["weights"], row["dnsmos_clips"], row.get("guidance")),
+        *(row.get(name, first) for name, first in FIRST.items()),
     )
+
+
+def alike(rows: Sequence[dict[str, Any]], **setup: str) -> list[dict[str, Any]]:
+    """Rows of one size, vocoder, device and precision; what is not named is that of `FIRST`."""
+    wanted = FIRST | setup
+    return [r for r in rows if all(r.get(k, FIRST[k]) == v for k, v in wanted.items())]
+
+
+def rate(heard: Heard, count: int, keep: Path | None, name: str) -> dict[str, Any]:
+    """DNSMOS of a row, or why there is none, and where its clips are kept."""
+    if not count:
+        return {"dnsmos": None}
+    clips = clips_for_dnsmos(heard, count)
+    try:
+        check_installed()
+    except ImportError as error:
+        found: dict[str, Any] = {"dnsmos": None, "dnsmos_missing": str(error)}
+    else:
+        return {"dnsmos": mean_dnsmos(clips, lambda done: None)}
+    if keep is not None and clips:
+        keep.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.save(buffer, torch.stack(clips).to(torch.float16).numpy())
+        write_bytes(keep / name, buffer.getvalue())
+        found["waves"] = name
+    return found
+
+
+def waves_name(row: dict[str, Any]) -> str:
+    """File of a row's kept clips [clips, samples] fp16."""
+    return hashlib.sha256(json.dumps(key(row)).encode()).hexdigest()[:16] + ".npy"
+
+
+def add_dnsmos(rows: list[dict[str, Any]], folder: Path) -> int:
+    """Rate the kept clips of rows without DNSMOS, in place; how many rows that were.
+
+    ValueError for a file that is missing or is not what was kept; ImportError without speechmos.
+    """
+    check_installed()
+    waiting = [row for row in rows if row.get("waves") and row["dnsmos"] is None]
+    for row in waiting:
+        path = folder / Path(row["waves"]).name
+        try:
+            waves = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; fetch it again") from None
+        if waves.dtype != np.float16 or waves.ndim != 2:
+            raise ValueError(f"{path} holds {waves.dtype} {waves.shape}, no clips; fetch it again")
+        row["dnsmos"] = mean_dnsmos(list(torch.from_numpy(waves).float()), lambda done: None)
+        del row["dnsmos_missing"]
+    return len(waiting)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="ROOT")
+    parser.add_argument("--data", type=Path, nargs="+", metavar="ROOT")
     parser.add_argument("--only", choices=CONTESTANTS, nargs="+", default=CONTESTANTS)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--vocoder", choices=VOCODERS, default="digits", help="of size paper")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument("--nfe", type=int, nargs="+", default=NFES)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -133,10 +210,22 @@ def parse() -> argparse.Namespace:
         help="strength, and guided rows only (default: the preset's, and both kinds)",
     )
     parser.add_argument("--dnsmos-clips", type=int, default=100, metavar="N")
+    parser.add_argument("--keep-waves", type=Path, metavar="FOLDER", help="where speechmos is not")
+    parser.add_argument("--add-dnsmos", type=Path, metavar="FOLDER", help="rate kept clips")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="to end by")
+    parser.add_argument("--dry", action="store_true", help="20 clips of 2 evaluations")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache-dir", type=Path, metavar="FOLDER")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: that of the size)")
+    args = parser.parse_args()
+    if args.data is None and args.add_dnsmos is None:
+        parser.error("name the recordings to judge against: --data ROOT ..")
+    if args.dry:
+        if args.out is None:
+            parser.error("--dry needs --out FILE: its rows are no results")
+        args.nfe, args.n, args.dnsmos_clips = (2,), 20, 10
+    args.out = args.out or out_file(args.size)
+    return args
 
 
 def wanted(args: argparse.Namespace, name: str, weights: str) -> list[dict[str, Any]]:
@@ -152,33 +241,74 @@ def wanted(args: argparse.Namespace, name: str, weights: str) -> list[dict[str, 
             "weights": weights,
             "dnsmos_clips": args.dnsmos_clips,
             "guidance": args.guidance,
+            **{what: getattr(args, what) for what in FIRST},
         }
         for guided in kinds
         for nfe in args.nfe
     ]
 
 
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows, atomically."""
+    write_bytes(path, "".join(json.dumps(r) + "\n" for r in rows).encode())
+
+
+class Drawing:
+    """Rows that are drawn while there is time, each on the disk before the next."""
+
+    def __init__(self, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+        self.args, self.rows = args, rows
+        self.left = 0
+        self._until = time.monotonic() + 60 * args.minutes
+        self._longest = 0.0
+        self._judge: Judge | None = None
+
+    def contestant(self, name: str, preset: Path | str) -> None:
+        """Draw the rows of one contestant that are missing."""
+        args = self.args
+        pipeline = Pipeline.from_pretrained(
+            preset, batch_size=BATCH, device=args.device, precision=args.precision
+        )
+        about = pipeline.describe()
+        known = {key(r) for r in self.rows}
+        for row in wanted(args, name, about["hashes"][pipeline.denoiser.PART]):
+            if key(row) in known:
+                continue
+            if time.monotonic() + self._longest > self._until:
+                self.left += 1
+                continue
+            start = time.monotonic()
+            self._judge = self._judge or Judge(pipeline, args.data, args.n, args.cache_dir)
+            self._draw(pipeline, self._judge, row, about["defaults"])
+            self._longest = max(self._longest, time.monotonic() - start)
+
+    def _draw(self, pipeline: Pipeline, judge: Judge, row: dict[str, Any], defaults: Any) -> None:
+        args, start = self.args, time.perf_counter()
+        drawn = draw(pipeline, row["guided"], row["nfe"], args.n, args.seed, args.guidance)
+        heard = judge.listen(*drawn)
+        row |= judge.row(heard, row["guided"], args.seed)
+        row |= rate(heard, args.dnsmos_clips, args.keep_waves, waves_name(row))
+        row |= {"defaults": defaults, "commit": commit(), "versions": versions()}
+        self.rows.append(row)
+        write(args.out, self.rows)
+        tqdm.write(summary(row) + f"  {time.perf_counter() - start:.0f} s")
+
+
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     rows = read(args.out)
-    judge = None
+    if args.add_dnsmos is not None:
+        print(f"DNSMOS added to {add_dnsmos(rows, args.add_dnsmos)} rows of {args.out}")
+        write(args.out, rows)
+        return
+    drawing = Drawing(args, rows)
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only:
-            preset = trained_preset(name, Path(folder) / name)
-            pipeline = Pipeline.from_pretrained(preset, batch_size=BATCH)
-            about = pipeline.describe()
-            judge = judge or Judge(pipeline, args.data, args.n, args.cache_dir)
-            for row in wanted(args, name, about["hashes"][pipeline.denoiser.PART]):
-                if key(row) in {key(r) for r in rows}:
-                    continue
-                start = time.perf_counter()
-                drawn = draw(pipeline, row["guided"], row["nfe"], args.n, args.seed, args.guidance)
-                row |= judge.row(judge.listen(*drawn), row["guided"], args.dnsmos_clips, args.seed)
-                row |= {"defaults": about["defaults"], "commit": commit(), "versions": versions()}
-                rows.append(row)
-                write_bytes(args.out, "".join(json.dumps(r) + "\n" for r in rows).encode())
-                tqdm.write(summary(row) + f"  {time.perf_counter() - start:.0f} s")
+            place = Path(folder) / name
+            drawing.contestant(name, trained_preset(name, place, args.size, args.vocoder))
+    if drawing.left:
+        print(f"{drawing.left} rows are left for want of time; the same command goes on")
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -193,5 +323,5 @@ def summary(row: dict[str, Any]) -> str:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         sys.exit(f"headline_quality: {error}")

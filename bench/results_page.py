@@ -19,7 +19,7 @@ import gpu_page
 import results_plots
 from contestants import BASELINES, CONTESTANTS, OURS, TITLES
 from headline import row_name
-from headline_quality import NFES, read
+from headline_quality import NFES, alike, read
 from headline_training import reached
 from page_parts import NOT_HERE, source, table
 
@@ -281,7 +281,7 @@ def gpu_costs(costs: dict[str, Any]) -> list[str]:
 
 def page(results: Path, pictures: Sequence[str]) -> str:
     head = results / "headline"
-    quality = read(head / "quality.jsonl")
+    quality = alike(read(head / "quality.jsonl"))
     curves = load(head / "curves-tiny.json")
     steps = load(head / "training-tiny-cpu.json")
     seeds = sorted({r["seed"] for r in quality})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import CONTESTANTS, TITLES
-from headline_quality import read
+from headline_quality import alike, read
 
 from fastscore.files import write_bytes
 
@@ -19,7 +19,7 @@ LOOKS = dict(zip(CONTESTANTS, (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "
 def draw(results: Path, out: Path) -> list[Path]:
     """Write the plots whose data are there; their paths."""
     found = []
-    quality = read(results / "quality.jsonl")
+    quality = alike(read(results / "quality.jsonl"))
     if quality:
         found.append(_write(_quality(quality), out / "quality.png"))
     curves = results / "curves-tiny.json"

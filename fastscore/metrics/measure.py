@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,17 +124,26 @@ def _spread(heard: Heard, recordings: Heard) -> dict[str, float] | None:
 
 def add_dnsmos(row: Row, heard: Heard, count: int, progress: Callable[[int], object]) -> None:
     """Mean DNSMOS of the first ``count`` clips, evenly over labels, with 95 % half-widths."""
+    row.dnsmos = mean_dnsmos(clips_for_dnsmos(heard, count), progress)
+
+
+def clips_for_dnsmos(heard: Heard, count: int) -> list[Tensor]:
+    """The first ``count`` clips [samples], evenly over labels, without silent ones."""
     chosen = even_choice(heard.labels, count, np.random.default_rng(0))
     # an all-zero clip has no speech to rate; it already counts as not recognised
-    clips = [heard.waves[i] for i in chosen if bool(heard.waves[i].abs().max() > 0)]
+    return [heard.waves[i] for i in chosen if bool(heard.waves[i].abs().max() > 0)]
+
+
+def mean_dnsmos(
+    clips: Sequence[Tensor], progress: Callable[[int], object]
+) -> dict[str, list[float]] | None:
+    """Mean and 95 % half-width of every score over clips [samples] at 16 kHz; None of no clips."""
     if not clips:
-        return
+        return None
     table = dnsmos(clips, progress=progress)
     half = 1.96 * table.std(0, ddof=1) / np.sqrt(len(table)) if len(table) > 1 else table[0] * 0
     means = table.mean(0)
-    row.dnsmos = {
-        name: [float(m), float(h)] for name, m, h in zip(SCORES, means, half, strict=True)
-    }
+    return {name: [float(m), float(h)] for name, m, h in zip(SCORES, means, half, strict=True)}
 
 
 def add_second_opinion(
