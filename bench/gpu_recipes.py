@@ -61,7 +61,7 @@ RECIPES = {
     },
     "vocoder": Recipe(("vocoder", "--preset", "hifigan-v1"), {}),
 }
-_DRY = ("--batch-size", "4", "--precision", "32-true")
+_DRY = ("--batch-size", "4")
 # small networks, a few steps: does all of it run?
 DRY = {
     "classifier": Recipe(("classifier", "--preset", "tiny", *_DRY), {}, 6),
@@ -174,6 +174,9 @@ def build(args: argparse.Namespace, steps: int, every: int) -> tuple[Task, LoopC
     command += ["--steps", str(steps), "--validate-every", str(every), "--log-every", "20"]
     command += ["--checkpoint-minutes", str(CHECKPOINT_MINUTES), "--accelerator", args.device]
     command += ["--threads", str(THREADS)]
+    if args.device == "cpu":
+        # many a processor only emulates bf16
+        command += ["--precision", "32-true"]
     if needs_classifier(args.part):
         command += ["--classifier", str(classifier_of(args))]
     if args.cache_dir is not None:

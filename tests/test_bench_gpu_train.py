@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from speech_folders import write_clip
@@ -46,10 +47,10 @@ def train(bench, clips, monkeypatch, tmp_path):
     """The program, called with further arguments; the rows and status of its result."""
     program = bench("gpu_train")
 
-    def call(part, run, *arguments):
+    def call(part, run, *arguments, device="cpu"):
         out = tmp_path / f"{run.name}.json"
         command = [part, "--data", str(clips), "--run", str(run), "--out", str(out)]
-        command += ["--device", "cpu", "--dry", "--cache-dir", str(tmp_path / "cache"), *arguments]
+        command += ["--device", device, "--dry", "--cache-dir", str(tmp_path / "cache"), *arguments]
         monkeypatch.setattr(sys, "argv", ["gpu_train.py", *command])
         program.main()
         return json.loads(out.read_text())
@@ -57,13 +58,18 @@ def train(bench, clips, monkeypatch, tmp_path):
     return call
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])])
 @pytest.mark.parametrize("part", PARTS)
-def test_every_part_trains_and_exports(train, tmp_path, part):
-    values = train(part, tmp_path / "run")
+def test_every_part_trains_and_exports(train, tmp_path, part, device):
+    values = train(part, tmp_path / "run", device=device)
     row = values["rows"]["training"]
     assert (values["status"], row["steps"], row["finished"]) == ("ok", 6, True)
     assert row["clips_per_second"] > 0
     assert row["losses"]
+    assert row["precision"] == ("32-true" if device == "cpu" else "bf16-mixed")
     assert row["validation"]
     kind = part.partition("-")[0]
     assert load_checkpoint(tmp_path / "run" / f"{kind}.safetensors").kind == kind
@@ -176,7 +182,7 @@ def test_recipes_are_those_of_the_published_size(bench, clips, tmp_path):
     sizes = {"classifier": 7.9e6, "unet-equal-trainable": 4.4e6, "unet-equal-total": 12.3e6}
     for part, size in sizes.items():
         args = program.argparse.Namespace(
-            part=part, dry=False, data=[clips], run=tmp_path, device="cpu", compile=False,
+            part=part, dry=False, data=[clips], run=tmp_path, device="cuda", compile=False,
             classifier=None if part == "classifier" else preset_classifier(),
             cache_dir=tmp_path / "cache",
         )  # fmt: skip
