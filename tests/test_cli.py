@@ -272,6 +272,14 @@ class TestTrain:
         assert main([*common, "--steps", "2"]) == 2
         assert main([*common, "--steps", "2", "--extend"]) == 0
         assert json.loads((here / "run" / "run.json").read_text())["steps"] == 2
+        assert main([*common, "--steps", "2", "--extend", "--minutes", "0"]) == 2
+        assert "--minutes 0.0 must be positive" in capsys.readouterr().err
+        # a time that is over when the first step ends
+        common[common.index("run")] = "short"
+        assert main([*common, "--steps", "3", "--minutes", "1e-6"]) == 0
+        assert "stopped at step 1 of 3; the same command goes on" in capsys.readouterr().out
+        assert main([*common, "--steps", "3"]) == 0
+        assert json.loads((here / "short" / "run.json").read_text())["sessions"] == 2
 
     @pytest.mark.parametrize("part", ["vocoder", "recogniser"])
     def test_builds_the_other_trainings(self, part, data, here):

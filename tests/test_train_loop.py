@@ -17,7 +17,7 @@ from train_tasks import CONFIG, SHARED, Adversarial, Deconvolve, Shared, read_ro
 from fastscore.checkpoint import load_checkpoint, load_into
 from fastscore.train import step as step_module
 from fastscore.train.ema import decay_at
-from fastscore.train.launch import cpu_settings, stream_seed
+from fastscore.train.launch import cpu_settings, gpu_settings, stream_seed
 from fastscore.train.loop import DivergenceError, learning_rate, run
 
 
@@ -130,6 +130,13 @@ class TestTraining:
         assert [step for step, _ in losses] == [int(r["step"]) for r in rows]
         for (_, value), row in zip(losses, rows, strict=True):
             assert value == pytest.approx(float(row["net/loss"]))
+
+    def test_a_gpu_tries_its_convolutions_for_as_long_as_it_trains(self):
+        before = torch.backends.cudnn.benchmark
+        for device, tried in (("cuda", True), ("cpu", before)):
+            with gpu_settings(torch.device(device)):
+                assert torch.backends.cudnn.benchmark is tried
+            assert torch.backends.cudnn.benchmark is before
 
     def test_leaves_process_settings_as_they_were(self, tmp_path):
         handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -275,12 +282,24 @@ def test_mixed_precision_computes_low_and_passes_float32(tmp_path, precision, dt
     assert stored["0.weight"].dtype == torch.float32
 
 
+def launch_two(out, kind):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, train_tasks.__file__, str(out), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 class TestSeveralProcesses:
+    def test_time_that_is_up_for_one_stops_all(self, tmp_path):
+        launch_two(tmp_path, "short")
+        records = [json.loads((tmp_path / f"record_{rank}.json").read_text()) for rank in range(2)]
+        assert records[0] == records[1]
+        # they ask each other every ten steps
+        assert (records[0]["steps"], records[0]["finished"]) == (10, False)
+        assert read_state(tmp_path)["step"] == 10
+
     def test_two_processes_equal_one_with_the_whole_batch(self, tmp_path):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [sys.executable, *launcher, train_tasks.__file__, str(tmp_path / "two"), "shared"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr
+        launch_two(tmp_path / "two", "shared")
         # threads of a group that is never left may abort a process that has finished
         notes = [(tmp_path / "two" / f"group_{rank}.txt").read_text() for rank in range(2)]
         assert notes == ["left", "left"]
