@@ -101,6 +101,9 @@ def _looped(calls: Sequence[Run], around: Callable[[], AbstractContextManager]) 
             for call in calls[1:]:
                 call()
 
+    # as a capture does: what cannot run is found out here
+    with around():
+        calls[0]()
     return Replay(run, lambda: latest[0])
 
 

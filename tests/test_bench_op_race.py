@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import DEVICE
 from kernel_cases import native_or_skip
 
 from fastscore.measure import nodes
@@ -159,7 +160,7 @@ def test_a_row_that_is_not_to_compile_says_why(bench, problem):
 
 def test_a_dry_run_ends_well_and_goes_on(bench, tmp_path, capsys):
     out = tmp_path / "race.json"
-    command = ["--out", str(out), "--device", "cpu", "--dry", "--no-compile", "--only", "norm"]
+    command = ["--out", str(out), "--device", DEVICE, "--dry", "--no-compile", "--only", "norm"]
     assert bench.op_race.main(command) == 0
     values = json.loads(out.read_text())
     assert values["status"] == "ok"
