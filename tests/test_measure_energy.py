@@ -86,6 +86,8 @@ class Machine:
 class Nvml:
     """The functions of NVML in use, of a GPU whose energy counter is renewed every 20 ms."""
 
+    renewed = 0.02
+
     class NVMLError(Exception):
         pass
 
@@ -106,7 +108,7 @@ class Nvml:
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
         self._refuse("counter")
-        tick = int(self.machine.now / 0.02)
+        tick = int(self.machine.now / self.renewed)
         if tick > self.seen[0]:
             self.seen = tick, self.machine.joules
         return int(self.seen[1] * 1e3)
@@ -161,6 +163,15 @@ def test_idle_power_that_moves_widens_the_interval():
     assert found["joules"] == pytest.approx(2.2, rel=0.01)
     assert found["low"] < 2.1
     assert found["high"] > 2.3
+
+
+def test_idling_lasts_as_long_as_a_slow_counter_needs():
+    machine = Machine()
+    nvml = Nvml(machine)
+    nvml.renewed = 0.1
+    source = energy.on_nvml(nvml, None, machine.clock)
+    assert "give 50 s and 5 s" in measured(machine, source, seconds=20)["none"]
+    assert measured(machine, source, seconds=60)["joules"] == pytest.approx(2.3, rel=0.03)
 
 
 def test_no_figure_from_too_short_a_run():

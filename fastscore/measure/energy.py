@@ -27,6 +27,8 @@ POWERCAP = Path("/sys/class/powercap")
 # update may be missing at either end
 UPDATES = 100
 FEWEST_BLOCKS, MOST_BLOCKS = 5, 20
+# seconds of idling, where a source needs no longer to tell its power
+_IDLE = 3.0
 # two-sided 95 % points of Student's distribution for 4 to 19 degrees of freedom
 _STUDENT = (
     *(2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120),
@@ -277,7 +279,7 @@ def energy(
     call: Call,
     device: str | torch.device = "cpu",
     seconds: float = 20.0,
-    idle: float = 3.0,
+    idle: float | None = None,
     *,
     source: Source | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -285,10 +287,11 @@ def energy(
 ) -> dict[str, Any]:
     """Joules of one ``call()`` above idling, repeated for ``seconds``; {"none": reason} if unknown.
 
-    Idle power is measured for ``idle`` seconds before and after, each time once the device has had
-    as long to settle. ``low`` and ``high``: 95 % by Student's distribution over blocks, widened by
-    half the difference of both idle powers and by one update of the source at either end. No figure
-    where a block would be shorter than 100 updates of the source, or the interval reaches zero.
+    Idle power is measured for ``idle`` seconds before and after (None: 3, or 50 updates of the
+    source), each time once the device has had as long to settle. ``low`` and ``high``: 95 % by
+    Student's distribution over blocks, widened by half the difference of both idle powers and by
+    one update of the source at either end. No figure where a block would be shorter than 100
+    updates of the source, or the interval reaches zero.
     """
     device = torch.device(device)
     own = source is None
@@ -309,12 +312,13 @@ def _measure(
     call: Call,
     device: torch.device,
     seconds: float,
-    idle: float,
+    idle: float | None,
     source: Source,
     clock: Callable[[], float],
     sleep: Callable[[float], Any],
 ) -> dict[str, Any]:
     shortest = UPDATES * source.period
+    idle = max(_IDLE, shortest / 2) if idle is None else idle
     blocks = min(MOST_BLOCKS, int(seconds / shortest + 1e-9))
     if blocks < FEWEST_BLOCKS or idle < shortest / 2:
         raise NoEnergyError(
