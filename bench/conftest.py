@@ -9,6 +9,7 @@ import torch
 from fastscore_kernels import available
 from fastscore_kernels.traffic import Traffic
 
+from fastscore.devices import fp32_products
 from fastscore.measure import subjects
 from fastscore.measure.provenance import Watch
 from fastscore.measure.suites import obstacle
@@ -120,7 +121,8 @@ def compare(request, benchmark, device, kernel) -> Callable[..., None]:
         round_seconds: float = 2e-3,
         cold: bool = True,
     ) -> None:
-        with torch.no_grad():
+        # as workloads are timed: PyTorch by itself lets convolutions on a GPU use TF32
+        with torch.no_grad(), fp32_products(device, tf32=False):
             check = check_equal({name: f() for name, f in runs.items()}, tolerance)
             timings = interleaved(
                 runs,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -150,11 +150,12 @@ def run(op: str, device: torch.device) -> None:
     print(finished(op), flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; None takes the arguments of the process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=(*CASES, PLANTED))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     run(args.op, torch.device(args.device))
 
 

@@ -1,6 +1,7 @@
 """Every Triton kernel under the four tools of compute-sanitizer, with a planted error first.
 
     python bench/sanitize.py --out FILE [--jobs 8] [--tool memcheck --tool ..] [--op norm_act ..]
+    python bench/sanitize.py --case OP [--device cuda]    # that case alone, watched by nothing
 
 A row a case (bench/odd_cases.py) by itself, which compiles its kernels, and one a tool and case.
 A row without errors counts only where the tool's summary says so and the case says that it ran; and
@@ -191,6 +192,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--case"]:
+        sys.exit(odd_cases.main(sys.argv[2:]))
     try:
         main()
     except ValueError as error:

@@ -102,7 +102,7 @@ class Server:
             return answer | {"status": "failed", "reason": str(error)}
         self._workload, self._built = workload, built
         watch = self._watch()
-        once = min(watch(built.run, 1) for _ in range(3))
+        once = min(watch.takes(built.run) for _ in range(3))
         return answer | {
             "status": "ok",
             "check": {"against": check.against, "error": check.error, "limit": check.limit},
