@@ -80,7 +80,10 @@ def test_one_order_of_sums_is_asked_for_and_put_back(device, wanted, expected, m
 
 
 def test_a_pool_tells_what_its_own_segments_hold(monkeypatch):
-    segments = {(0, 7): [{"total_size": 2**21}, {"total_size": 2**20}], (0, 0): [{"total_size": 9}]}
+    held = [
+        {"total_size": size, "segment_pool_id": pool}
+        for size, pool in ((2**21, (0, 7)), (2**20, [0, 7]), (9, (0, 0)), (5, (0, 8)))
+    ]
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda pool, include_traces: segments[pool])
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda include_traces: held)
     assert GraphPool().reserved == 3 * 2**20

@@ -101,8 +101,8 @@ class GraphPool:
     def reserved(self) -> int:
         """Bytes of device memory that its graphs hold."""
         # the device's total would not tell: what else lies idle is given back before a capture
-        held = torch.cuda.memory_snapshot(self.handle, include_traces=False)
-        return sum(segment["total_size"] for segment in held)
+        own, held = tuple(self.handle), torch.cuda.memory_snapshot(include_traces=False)
+        return sum(s["total_size"] for s in held if tuple(s["segment_pool_id"]) == own)
 
 
 class CudaGraphs:
