@@ -1,35 +1,13 @@
-"""The stages of the GPU campaign, and what runs them: bench/gpu_suite.sh calls this.
+"""The stages of the GPU campaign: their commands, their limits, and the calls they are grouped in.
 
-A stage is a command with a limit. It is told to end by itself before the limit, interrupted at it,
-and killed soon after; its result and log lie in GPU_WORK/results, and all of them are packed into
-GPU_OUT/results.tar.gz after every stage.
+bench/gpu_runner.py runs them.
 """
 
 from __future__ import annotations
 
-import argparse
-import io
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import tarfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from gpu_results import report
-from stage import mark_failed
-
-ROOT = Path(__file__).resolve().parents[1]
-# seconds: to end by itself before the limit, to be interrupted before it is killed, to pack results
-_EARLY, _GRACE, _PACKING = 15.0, 20.0, 10.0
-# a stage that is given less is not begun
-_FEWEST = 30.0
-# lines of a stage's output that are shown again at its end
-_SHOWN = 25
 
 
 @dataclass(frozen=True)
@@ -57,14 +35,24 @@ class Place:
 Command = Callable[[Place, Path, float], list[str]]
 
 
+# place to further commands
+Commands = Callable[[Place], list[list[str]]]
+
+
 @dataclass(frozen=True)
 class Planned:
-    """A stage: at most so many minutes, the command, and what comes back beside its result."""
+    """A stage: at most so many minutes, the command, what it needs made first, and what follows.
+
+    ``environment`` is set in a dry run. ``before`` and ``after`` are short; what follows does so
+    where all before it went well.
+    """
 
     name: str
     minutes: float
     command: Command
     environment: dict[str, str] = field(default_factory=dict)
+    before: Commands = lambda place: []
+    after: Commands = lambda place: []
 
 
 def script(path: str, *words: str, **dry_environment: str) -> tuple[Command, dict[str, str]]:
@@ -103,15 +91,42 @@ def costs(place: Place, result: Path, minutes: float) -> list[str]:
     return [*words, "--part", *parts]
 
 
-def training(part: str) -> Command:
-    """`bench/gpu_train.py` of one part; its run folder goes on where it is."""
+def training(part: str, minutes: float) -> Planned:
+    """`bench/gpu_train.py` of one part, whose run folder goes on where it is; weights come back.
+
+    Score networks are trained over the classifier as it is kept, of this machine or of an earlier
+    one.
+    """
+    kept, export = TRAINED[part]
+    over = part not in ("classifier", "vocoder")
 
     def command(place: Place, result: Path, minutes: float) -> list[str]:
-        words, _ = script("gpu_train.py", part)
-        found = [*words(place, result, minutes), "--runs", str(place.work / "train")]
-        return found + (["--data", *place.data] if place.data else [])
+        words, _ = script("gpu_train.py", part, "--run", str(place.work / "train" / part))
+        found = [*words(place, result, minutes), "--data", *place.data]
+        if over and not place.dry:
+            found += ["--classifier", str(_classifier(place))]
+        return found
 
-    return command
+    def join(place: Place) -> list[list[str]]:
+        if not over or place.dry or _classifier(place).is_file():
+            return []
+        return [
+            ["bench/artifacts.py", "join", "classifier-paper", "--out", str(_classifier(place))]
+        ]
+
+    def keep(place: Place) -> list[list[str]]:
+        # networks of a dry run are too small to be kept under that name
+        if place.dry:
+            return []
+        words = ["bench/artifacts.py", "keep", str(place.work / "train" / part / export)]
+        # beside the others for the quality stage, and where they are fetched
+        return [[*words, "--as", kept], [*words, "--as", kept, "--out", str(place.out)]]
+
+    return Planned(f"train-{part}", minutes, command, before=join, after=keep)
+
+
+def _classifier(place: Place) -> Path:
+    return place.work / "train" / "classifier.safetensors"
 
 
 def quality(place: Place, result: Path, minutes: float) -> list[str]:
@@ -119,10 +134,9 @@ def quality(place: Place, result: Path, minutes: float) -> list[str]:
     size = "tiny" if place.dry else "paper"
     words = ["bench/headline_quality.py", "--size", size, "--device", place.device]
     words += ["--out", str(result.with_suffix(".jsonl")), "--minutes", f"{minutes:.2f}"]
-    if place.dry:
-        words += ["--only", "scoresubnet", "--nfe", "8", "--n", "20", "--dnsmos-clips", "0"]
-    else:
-        words += ["--precision", "bf16", "--runs", str(place.work / "train")]
+    words += ["--dry"] if place.dry else ["--precision", "bf16"]
+    # speechmos is not everywhere: clips for it go along
+    words += ["--keep-waves", str(place.results / "waves")]
     return [*words, "--data", *place.data]
 
 
@@ -132,7 +146,14 @@ WAYS = (
     *("triton/graphs", "triton/graphs/bf16", "triton/compiled-graphs/bf16"),
 )
 UNGUIDED = ("graphs", "graphs/bf16")
-TRAINED = ("classifier", "score", "unet-equal-total", "unet-equal-trainable", "vocoder")
+# part of a training to the name its weights are kept by, and the file that it exports
+TRAINED = {
+    "classifier": ("classifier-paper", "classifier.safetensors"),
+    "score": ("score-paper", "score.safetensors"),
+    "unet-equal-total": ("unet-equal-total-paper", "unet.safetensors"),
+    "unet-equal-trainable": ("unet-equal-trainable-paper", "unet.safetensors"),
+    "vocoder": ("vocoder-hifigan-v1", "vocoder.safetensors"),
+}
 STAGES = {
     s.name: s
     for s in (
@@ -148,7 +169,10 @@ STAGES = {
         Planned("experiments", 6.0, *script("experiments.py")),
         Planned("tune", 9.0, *script("tune.py", TRITON_INTERPRET="1")),
         Planned("costs", 9.0, costs),
-        *(Planned(f"train-{part}", 9.0, training(part)) for part in TRAINED),
+        training("classifier", 4.0),
+        training("score", 5.0),
+        *(training(f"unet-equal-{size}", 5.0) for size in ("total", "trainable")),
+        training("vocoder", 9.0),
         Planned("quality", 9.0, quality),
     )
 }
@@ -179,140 +203,7 @@ def chosen(words: Sequence[str]) -> list[Planned]:
     return [STAGES[name] for name in dict.fromkeys(names)]
 
 
-def run(stage: Planned, place: Place, seconds: float) -> int:
-    """Run one stage for at most ``seconds``; its exit code, 124 where it had to be stopped."""
-    result = place.results / f"{stage.name}.json"
-    words = stage.command(place, result, max(0.1, (seconds - _EARLY) / 60))
-    environment = {**os.environ, **(stage.environment if place.dry else {})}
-    line = shlex.join(["python", *words])
-    print(f"== {stage.name} (at most {seconds / 60:.1f} minutes): {line}", flush=True)
-    log = place.results / f"{stage.name}.log"
-    with log.open("w") as file:
-        file.write(line + "\n")
-        file.flush()
-        # a group of its own, so that what it started ends with it
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = _stop(process)
-        except BaseException:
-            _stop(process)
-            raise
-    print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-_SHOWN:]), flush=True)
-    if code:
-        mark_failed(result, f"exit code {code}; see {log.name}")
-    return code
-
-
-def _stop(process: subprocess.Popen) -> int:
-    """Interrupt a stage, then kill it and whatever it started."""
-    for number, patience in ((signal.SIGINT, _GRACE), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    return 124
-
-
-def pack(place: Place) -> None:
-    """All results and logs as one file, whole at any moment."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for path in sorted(place.results.iterdir()):
-            if path.is_file() and not path.name.startswith("."):
-                archive.add(path, path.name)
-    part = place.out / ".results.part"
-    part.write_bytes(buffer.getvalue())
-    os.replace(part, place.out / "results.tar.gz")
-
-
-def resume(place: Place, archive: Path) -> None:
-    """Put the results of an earlier machine where they are gone on with."""
-    try:
-        with tarfile.open(archive) as found:
-            found.extractall(place.results, filter="data")
-    except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"GPU_RESUME {archive} is no result of this script: {error}") from None
-
-
-def recordings(work: Path) -> tuple[str, ...]:
-    """Roots of recordings: GPU_DATA, or parcels that have all arrived."""
-    if given := os.environ.get("GPU_DATA", "").split():
-        return tuple(given)
-    parcels = os.environ.get("GPU_PARCELS", "").split()
-    if parcels:
-        words = [
-            sys.executable,
-            "bench/parcels.py",
-            "unpack",
-            *parcels,
-            "--out",
-            str(work / "data"),
-        ]
-        if subprocess.run(words, cwd=ROOT, check=False).returncode:
-            print("recordings are not complete yet: stages that need them will say so")
-    folder = work / "data"
-    found = sorted(p for p in folder.rglob("testing_list.txt")) if folder.is_dir() else []
-    return tuple(str(p.parent) for p in found)
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu_suite.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", nargs="*", metavar="STAGE|GROUP")
-    parser.add_argument("--list", action="store_true", help="name stages and groups, run nothing")
-    parser.add_argument("--dry", action="store_true", help="smallest sizes, on a CPU")
-    args = parser.parse_args()
-    if not args.stage and not args.list:
-        parser.error("no stage was named; --list names them")
-    return args
-
-
 def listing() -> str:
     """Stages with their limits, and the groups."""
     lines = [f"{s.name:30} at most {s.minutes:g} minutes" for s in STAGES.values()]
     return "\n".join(lines + [f"{n:30} {' '.join(g)}" for n, g in GROUPS.items()])
-
-
-def main() -> int:
-    args = arguments()
-    if args.list:
-        print(listing())
-        return 0
-    stages = chosen(args.stage)
-    until = time.monotonic() + 60 * float(os.environ.get("GPU_MINUTES", "9.5"))
-    work, out = Path(os.environ["GPU_WORK"]), Path(os.environ.get("GPU_OUT", "out"))
-    for folder in (work / "results", out):
-        folder.mkdir(parents=True, exist_ok=True)
-    jobs = 1 if args.dry else int(os.environ.get("GPU_JOBS", "12"))
-    place = Place(work.resolve(), out.resolve(), args.dry, recordings(work), jobs)
-    if archive := os.environ.get("GPU_RESUME"):
-        resume(place, Path(archive))
-    failed = False
-    for stage in stages:
-        seconds = min(60 * stage.minutes, until - time.monotonic() - _PACKING)
-        if seconds < _FEWEST:
-            print(f"== {stage.name}: not begun, no time is left", flush=True)
-            continue
-        failed |= run(stage, place, seconds) != 0
-        pack(place)
-    print(report(place.results))
-    return int(failed)
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        print(f"gpu_suite: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -37,4 +37,4 @@ fi
 export PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$GPU_WORK/triton TORCHINDUCTOR_CACHE_DIR=$GPU_WORK/inductor
 export FASTSCORE_CACHE=${FASTSCORE_CACHE:-$GPU_WORK/cache}
-exec "$python" bench/gpu_stages.py "$@"
+exec "$python" bench/gpu_runner.py "$@"

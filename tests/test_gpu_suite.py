@@ -28,6 +28,11 @@ def stages(bench):
     return bench("gpu_stages")
 
 
+@pytest.fixture(scope="module")
+def runner(bench):
+    return bench("gpu_runner")
+
+
 @pytest.fixture
 def place(stages, tmp_path):
     for name in ("work/results", "out"):
@@ -54,12 +59,19 @@ def test_groups_fit_into_a_call_of_ten_minutes(stages):
 
 
 def test_every_stage_runs_a_script_that_is_there(stages, place):
+    real = stages.Place(place.work, place.out, dry=False, data=("a", "b"))
     for stage in stages.STAGES.values():
-        words = stage.command(place, place.results / "x.json", 5.0)
-        if words[0] == "-m":
-            assert words[1] == "fastscore"
-        else:
-            assert (ROOT / words[0]).is_file(), words[0]
+        for one in (place, real):
+            calls = [stage.command(one, one.results / "x.json", 5.0)]
+            for words in (*stage.before(one), *calls, *stage.after(one)):
+                if words[0] == "-m":
+                    assert words[1] == "fastscore"
+                else:
+                    assert (ROOT / words[0]).is_file(), words[0]
+
+
+def test_weights_are_kept_under_names_that_are_known(stages, bench):
+    assert {kept for kept, _ in stages.TRAINED.values()} <= set(bench("artifacts").KNOWN)
 
 
 def test_every_row_that_is_asked_for_has_a_name(stages, place):
@@ -72,35 +84,55 @@ def test_every_row_that_is_asked_for_has_a_name(stages, place):
             assert not only or chosen("step", only)
 
 
-def test_a_stage_leaves_result_and_log_and_both_are_packed(stages, place):
+def test_a_stage_leaves_result_and_log_and_both_are_packed(stages, runner, place):
     code = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{}'); print('all good')"
-    assert stages.run(planned(stages, code), place, 60) == 0
-    stages.pack(place)
+    assert runner.run(planned(stages, code), place, 60) == 0
+    runner.pack(place)
     with tarfile.open(place.out / "results.tar.gz") as archive:
         assert sorted(archive.getnames()) == ["one.json", "one.log"]
     assert "all good" in (place.results / "one.log").read_text()
     # an earlier machine's results are gone on with
     again = stages.Place(place.work / "again", place.out, dry=True)
     again.results.mkdir(parents=True)
-    stages.resume(again, place.out / "results.tar.gz")
+    runner.resume(again, place.out / "results.tar.gz")
     assert (again.results / "one.json").read_text() == "{}"
     with pytest.raises(ValueError, match="is no result of this script"):
-        stages.resume(again, ROOT / "README.md")
+        runner.resume(again, ROOT / "README.md")
 
 
-def test_a_stage_that_fails_is_marked_so(stages, bench, place):
+def test_what_comes_before_and_after_belongs_to_a_stage(stages, runner, place):
+    def note(word):
+        return [["-c", f"print({word!r})"]]
+
+    def one(before, after):
+        command = lambda place, result, minutes: ["-c", "print('itself')"]  # noqa: E731
+        return stages.Planned("one", 1.0, command, before=before, after=after)
+
+    good = one(lambda place: note("first"), lambda place: note("last"))
+    assert runner.run(good, place, 60) == 0
+    said = [s for s in (place.results / "one.log").read_text().splitlines() if " " not in s]
+    assert said == ["first", "itself", "last"]
+    # without what it needs it is not begun
+    bad = one(lambda place: [["-c", "raise SystemExit(4)"]], lambda place: note("last"))
+    assert runner.run(bad, place, 60) == 4
+    assert "itself" not in (place.results / "one.log").read_text().splitlines()
+
+
+def test_a_stage_that_fails_is_marked_so(stages, runner, bench, place):
     stage_module = bench("stage")
     ok = {"format": "fastscore-stage", "version": 1, "status": "ok", "rows": {}, "dry": True}
     ok["provenance"] = {"commit": None}
     (place.results / "one.json").write_text(json.dumps(ok))
-    assert stages.run(planned(stages, "raise SystemExit(3)"), place, 60) == 3
+    assert runner.run(planned(stages, "raise SystemExit(3)"), place, 60) == 3
     found = stage_module.read(place.results / "one.json")
     assert found["status"] == "failed"
     assert "exit code 3" in found["error"]
 
 
-def test_a_stage_that_does_not_end_is_stopped_with_what_it_started(stages, place, monkeypatch):
-    monkeypatch.setattr(stages, "_GRACE", 1.0)
+def test_a_stage_that_does_not_end_is_stopped_with_what_it_started(
+    stages, runner, place, monkeypatch
+):
+    monkeypatch.setattr(runner, "_GRACE", 1.0)
     # deaf to interrupts, with a child that would outlive it
     code = (
         "import signal, subprocess, sys, time\n"
@@ -109,7 +141,7 @@ def test_a_stage_that_does_not_end_is_stopped_with_what_it_started(stages, place
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
-    assert stages.run(planned(stages, code), place, 3) == 124
+    assert runner.run(planned(stages, code), place, 3) == 124
     child = int((place.results / "one.log").read_text().splitlines()[-1])
     for _ in range(100):
         if not _alive(child):
