@@ -66,12 +66,15 @@ class Classifier(Conditioned):
     It is split at its shallowest tap: ``lower`` maps the input to that tap and ``upper`` maps the
     tap to the logits, so that gradient taps never cost a pass below it. Any module with
     ``config``, ``embed``, ``lower`` and ``upper`` of these signatures can take its place; with
-    ``linearize_lower`` and ``linearize_upper`` besides, no transform of PyTorch's is needed.
+    ``linearize_lower`` and ``linearize_upper`` besides, no transform of PyTorch's is needed. Inputs
+    are x [B, 1, n_mels, frames] and c_noise [B], or patches and features (`fastscore_kernels.
+    edm_inputs`).
     """
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
+        self.patch = config.patch
         width, last = config.channels[0], config.channels[-1]
         self.embedding = NoiseEmbedding(config.emb_dim)
         self.stem = Conv2d(config.patch**2, width, 3, padding=1)
@@ -85,12 +88,9 @@ class Classifier(Conditioned):
         """Noise embedding, [B] -> [B, emb_dim], as ``lower`` and ``upper`` take it."""
         return self.condition(self.embedding(c_noise))
 
-    def _patches(self, x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(x, self.config.patch).to(self.stem.weight.dtype)
-
     def lower(self, x: Tensor, emb: Condition) -> Tensor:
         """Shallowest tap [B, C_1, n_mels / patch, frames / patch] of x [B, 1, n_mels, frames]."""
-        h = self.stem.product(self._patches(x))
+        h = self.stem.product(self.patches(x))
         return self.stages[0](self.stem.complete(h, band=self.band), emb)
 
     def upper(
@@ -116,12 +116,12 @@ class Classifier(Conditioned):
 
     def linearize_lower(self, x: Tensor, emb: Condition) -> tuple[Tensor, Pull]:
         """``lower`` without dropout and its pull-back to x."""
-        h, pull_stem = self.stem.linearize(self._patches(x))
+        h, pull_stem = self.stem.linearize(self.patches(x))
         h = self.stem.complete(h, band=self.band)
         h, pull_stage = self.stages[0].linearize(h, emb)
 
         def pull(grad: Tensor) -> Tensor:
-            return F.pixel_shuffle(pull_stem(pull_stage(grad)), self.config.patch)
+            return F.pixel_shuffle(pull_stem(pull_stage(grad)), self.patch)
 
         return h, pull
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple, Self
 
 import torch
+from fastscore_kernels import edm_inputs
 from torch import Tensor, nn
 
 from fastscore.classifier import Classifier
 from fastscore.config import MelSpace, SigmaRange
+from fastscore.layers import Conditioned
 from fastscore.subnet import ScoreSubnet, TapFusion
 from fastscore.taps import class_gradient, read_taps
 from fastscore.trajectory import Parts
@@ -52,6 +54,8 @@ class Denoiser(nn.Module):
 
     # the attribute that holds the score network
     PART: str
+    # what computes the networks' inputs: `fastscore_kernels.BACKENDS`
+    backend: str | None = None
 
     def __init__(self, classifier: Classifier | None, space: MelSpace, sigma: SigmaRange) -> None:
         super().__init__()
@@ -108,6 +112,11 @@ class Denoiser(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: give label and gamma together, or neither of them"
             )
+        shared = self._shared() if self.backend == "triton" else None
+        if shared is not None:
+            given = (x, sigma, gamma, shared.embedding.freqs, self.space.sigma_data)
+            patches, features, rest = edm_inputs(*given, *shared.reads, backend=self.backend)
+            return Parts(*self._read(patches, features, label), *rest.unbind())
         c = scalings(sigma, self.space.sigma_data)
         scaled = c.c_in[:, None, None, None] * x
         raw, guidance = self._read(scaled, c.c_noise, label)
@@ -115,10 +124,19 @@ class Denoiser(nn.Module):
         weight = torch.zeros_like(sigma) if gamma is None else gamma * sigma.square() * c.c_in
         return Parts(raw, guidance, c.c_skip, c.c_out, weight)
 
+    def _shared(self) -> Conditioned | None:
+        """A network that reads what all of them read; None where they differ."""
+        networks = list(self.networks.values())
+        own = all(isinstance(n, Conditioned) for n in networks)
+        return networks[0] if own and len({n.reads for n in networks}) == 1 else None
+
     def _read(
         self, scaled: Tensor, c_noise: Tensor, label: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Raw output S, and grad log p(y|x) with respect to the scaled input where guided."""
+        """Raw output S, and grad log p(y|x) with respect to the scaled input where guided.
+
+        scaled and c_noise, or patches and features of them, as networks take them.
+        """
         raise NotImplementedError
 
     @torch.no_grad()

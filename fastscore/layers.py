@@ -53,10 +53,25 @@ class Stacked(Protocol):
 
 
 class Conditioned(nn.Module):
-    """A network whose norms all take FiLM from one embedding."""
+    """A network that reads patches of a Mel, and whose norms all take FiLM from one embedding."""
 
+    embedding: NoiseEmbedding
+    stem: Conv2d
+    # side of a patch, in bins
+    patch: int
     # neither parameter nor buffer: it shares the memory of the layers' weights
     stacked: Stacked | None = None
+
+    @property
+    def reads(self) -> tuple[int, torch.dtype]:
+        """Side and type of the patches that the stem convolves."""
+        return self.patch, self.stem.weight.dtype
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Patches [B, patch^2, H / patch, W / patch] of x [B, 1, H, W], or of those already."""
+        if x.shape[1] == 1:
+            x = F.pixel_unshuffle(x, self.patch)
+        return x.to(self.stem.weight.dtype)
 
     def condition(self, emb: Tensor) -> Condition:
         """What the network hands to its blocks, given its embedding [B, E]."""
@@ -158,7 +173,8 @@ class Conv2d(_Preparable, nn.Conv2d):
 class NoiseEmbedding(nn.Module):
     """Sinusoidal features of c_noise followed by a two-layer perceptron.
 
-    c_noise [B] fp32 -> [B, dim] (Vaswani et al. 2017 features, Karras et al. 2022 argument).
+    c_noise [B] fp32, or its features [B, 32], -> [B, dim] (Vaswani et al. 2017 features, Karras et
+    al. 2022 argument).
     """
 
     def __init__(self, dim: int) -> None:
@@ -181,10 +197,12 @@ class NoiseEmbedding(nn.Module):
         return self
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        """Embed c_noise [B] into [B, dim]."""
-        angle = c_noise[:, None].float() * self.freqs
-        features = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.fc1.weight.dtype)
-        return F.silu(self.fc2(F.silu(self.fc1(features))))
+        """Embed c_noise [B], or its features [B, 32], into [B, dim]."""
+        features = c_noise
+        if c_noise.ndim == 1:
+            angle = c_noise[:, None].float() * self.freqs
+            features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return F.silu(self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype)))))
 
 
 class NormAct(nn.Module):

@@ -137,7 +137,10 @@ class ScoreSubnet(Conditioned):
         features: tuple[Tensor, ...],
         gradients: tuple[Tensor, ...],
     ) -> Tensor:
-        """Raw output S(c_in x, c_noise, {h_l}, {g_l}), shaped as x [B, 1, n_mels, frames]."""
+        """Raw output S(c_in x, c_noise, {h_l}, {g_l}) [B, 1, n_mels, frames].
+
+        x [B, 1, n_mels, frames] and c_noise [B], or patches and features of them.
+        """
         fused, log_rms = zip(
             *(m(f, g) for m, f, g in zip(self.fusion, features, gradients, strict=True)),
             strict=True,
@@ -150,8 +153,7 @@ class ScoreSubnet(Conditioned):
         h = fused[-1]
         for i in reversed(range(len(self.stages))):
             if i == 0:
-                patches = F.pixel_unshuffle(x, self.patch).to(self.stem.weight.dtype)
-                h = self.stem.complete(self.stem.product(patches), h, self.band)
+                h = self.stem.complete(self.stem.product(self.patches(x)), h, self.band)
             for block in self.stages[i]:
                 h = block(h, condition)
             if i:

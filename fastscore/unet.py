@@ -85,6 +85,7 @@ class UNet(Conditioned):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.patch = config.patch
         first = config.channels[0]
         self.embedding = NoiseEmbedding(config.emb_dim)
         self.stem = Conv2d(config.patch**2, first, 3, padding=1)
@@ -119,10 +120,12 @@ class UNet(Conditioned):
         self.out = zero_init(Conv2d(width, config.patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Raw output S of c_in x [B, 1, n_mels, frames] and c_noise [B], shaped as x."""
+        """Raw output S [B, 1, n_mels, frames] of c_in x, shaped so, and c_noise [B].
+
+        Patches and features of them will do.
+        """
         emb = self.condition(self.embedding(c_noise))
-        patches = F.pixel_unshuffle(x, self.config.patch).to(self.stem.weight.dtype)
-        h = self.stem.complete(self.stem.product(patches), band=self.band)
+        h = self.stem.complete(self.stem.product(self.patches(x)), band=self.band)
         skips = [h]
         for level, stage in enumerate(self.encoder):
             if level:
@@ -138,7 +141,7 @@ class UNet(Conditioned):
                 h = block(torch.cat((h, skips.pop()), dim=1), emb)
             if level < len(self.up):
                 h = self.up[level](h)
-        return F.pixel_shuffle(self.out(self.norm(h)), self.config.patch)
+        return F.pixel_shuffle(self.out(self.norm(h)), self.patch)
 
 
 def _dense(x: Tensor) -> Tensor:

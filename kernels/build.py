@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ops() -> tuple[str, ...]:
-    return ("norm_act", "bias_add", "tap_norm", "tap_fuse", "tap_path", "solver_step")
+    return ("norm_act", "bias_add", "tap_norm", "tap_fuse", "tap_path", "edm_inputs", "solver_step")
 
 
 def _positive(text: str) -> int:

@@ -160,6 +160,34 @@ def bias_add(x: Tensor, bias: Tensor, band: Tensor | None, residual: Tensor | No
     return total.to(x.dtype)
 
 
+def edm_inputs(
+    x: Tensor,
+    sigma: Tensor,
+    gamma: Tensor | None,
+    freqs: Tensor,
+    sigma_data: float,
+    patch: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches of c_in x, features of c_noise, and the coefficients of a denoiser's sum.
+
+    x [B, 1, H, W], sigma [B], gamma [B] or None, freqs [F] -> [B, patch^2, H / patch, W / patch] of
+    ``dtype``, channels-last; [B, 2 F], cosines before sines; [3, B]: c_skip, c_out and
+    gamma sigma^2 c_in (Karras et al. 2022, Table 1: c_in = 1 / sqrt(sigma^2 + sigma_data^2),
+    c_noise = log(sigma) / 4).
+    """
+    total = sigma.square() + sigma_data**2
+    c_in = total.rsqrt()
+    patches = F.pixel_unshuffle(c_in[:, None, None, None] * x, patch).to(dtype)
+    angle = (sigma.log() / 4)[:, None] * freqs
+    weight = torch.zeros_like(sigma) if gamma is None else gamma * sigma.square() * c_in
+    return (
+        patches.contiguous(memory_format=torch.channels_last),
+        torch.cat((angle.cos(), angle.sin()), dim=1),
+        torch.stack((sigma_data**2 / total, sigma * sigma_data * c_in, weight)),
+    )
+
+
 def sample_rms(x: Tensor, floor: float = 1e-30) -> Tensor:
     """Root mean square of every sample, [B, ...] -> [B] fp32, at least ``floor``."""
     # scaled by the largest magnitude first: squares of 1e-25 gradients underflow in fp32
@@ -265,6 +293,7 @@ def solver_step(
 
 __all__ = [
     "bias_add",
+    "edm_inputs",
     "norm_act",
     "norm_act_backward",
     "norm_act_linearize",

@@ -135,6 +135,9 @@ def traced() -> dict[str, list[str]]:
                 *(ops.norm_act_backward, x, x, stats, vector, vector, film, 4, True, x, vector),
             ),
             "bias_add": (ops.bias_add, x, vector, torch.empty(1, 16, 4, 1, device="cuda"), x),
+            "edm_inputs": (
+                *(ops.edm_inputs, flat, stats[0, :, 0], None, vector, 0.5, 2, torch.bfloat16),
+            ),
             "tap_norm": (ops.tap_norm, x, x, 4, *[vector] * 4, 1e-5),
             "tap_fuse": (ops.tap_fuse, x, pair, pair, 2, True),
             "tap_fuse_backward": (ops.tap_fuse_backward, x, x, pair, pair, 2, True),

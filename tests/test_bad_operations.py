@@ -10,6 +10,7 @@ from fastscore_kernels import (
     Projections,
     bias_add,
     checks,
+    edm_inputs,
     library,
     norm_act,
     norm_act_backward,
@@ -31,6 +32,7 @@ NORMS = Norms(W, W, W, W)
 SIZES = [(4, 8), (8, 8), (8, 8), (4, 16), (4, 4)]
 PROJECTIONS = Projections(*(p for n, m in SIZES for p in (torch.ones(n, m, 1, 1), torch.ones(n))))
 STATE = torch.randn(2, 1, 4, 3)
+ONE = torch.ones(2)
 COUNTERS = torch.zeros(2, 3, dtype=torch.int64)
 SEEDS = torch.zeros(2, dtype=torch.int64)
 COEFFICIENTS = torch.zeros(2, 7)
@@ -93,6 +95,21 @@ BAD = {
         lambda k: bias_add(X, W, residual=X.half(), backend=k),
         lambda k: bias_add(X, W, residual=SLICED, backend=k),
     ],
+    "edm_inputs: x": [
+        lambda k: edm_inputs(X, ONE, None, W, 0.5, 1, torch.float32, k),
+        lambda k: edm_inputs(STATE.half(), ONE, None, W, 0.5, 1, torch.float32, k),
+    ],
+    "edm_inputs: sigma": [
+        lambda k: edm_inputs(STATE, ONE[:1], None, W, 0.5, 1, torch.float32, k),
+        lambda k: edm_inputs(STATE, ONE.double(), None, W, 0.5, 1, torch.float32, k),
+    ],
+    "edm_inputs: gamma": [lambda k: edm_inputs(STATE, ONE, W, W, 0.5, 1, torch.float32, k)],
+    "edm_inputs: freqs": [lambda k: edm_inputs(STATE, ONE, ONE, X, 0.5, 1, torch.float32, k)],
+    "edm_inputs: patch": [
+        lambda k: edm_inputs(STATE, ONE, ONE, W, 0.5, 2, torch.float32, k),
+        lambda k: edm_inputs(STATE, ONE, ONE, W, 0.5, 0, torch.float32, k),
+    ],
+    "edm_inputs: dtype": [lambda k: edm_inputs(STATE, ONE, ONE, W, 0.5, 1, torch.int32, k)],
     "norm_act: stats": [
         lambda k: norm_act_backward(X, X, STATS[:1], 4, W, W, backend=k),
         lambda k: norm_act_backward(X, X, STATS.half(), 4, W, W, backend=k),

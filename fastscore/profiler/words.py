@@ -26,6 +26,7 @@ _OURS = {
     "keys_backward": "attention over taps, pulled back",
     "solver_step": "solver step with its noise",
     "bias_add": "bias and residual added",
+    "edm_inputs": "scalings, patches and features of the noise level",
     "normals": "noise",
     "winograd": f"3{TIMES}3 convolution by Winograd's filtering",
     "linear": "linear layer",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from fastscore_kernels.gpu import shapes
 from fastscore_kernels.gpu.bias_add import bias_add
+from fastscore_kernels.gpu.edm_inputs import edm_inputs
 from fastscore_kernels.gpu.norm_act import norm_act, norm_act_backward
 from fastscore_kernels.gpu.solver_step import normals, solver_step
 from fastscore_kernels.gpu.tap_fuse import tap_fuse, tap_fuse_backward
@@ -15,7 +16,7 @@ from fastscore_kernels.gpu.tap_norm import tap_norm
 from fastscore_kernels.gpu.tap_path import tap_path
 from torch import Tensor
 
-OPS = ("norm_act", "bias_add", "tap_norm", "tap_fuse", "tap_path", "solver_step")
+OPS = ("norm_act", "bias_add", "tap_norm", "tap_fuse", "tap_path", "edm_inputs", "solver_step")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ def cases(
         for batch in batches:
             for preset in presets:
                 for op in ops:
-                    if op != "solver_step":
+                    if op in _OF_OP:
                         label = f"{preset} {dtype} b{batch}"
                         yield from _OF_OP[op](preset, kind, batch, label)
+            if "edm_inputs" in ops:
+                yield from _edm_inputs(kind, batch, f"{dtype} b{batch}")
             if "solver_step" in ops:
                 yield from _solver_steps(kind, batch, f"{dtype} b{batch}")
 
@@ -153,6 +156,16 @@ def _tap_paths(preset: str, dtype: torch.dtype, batch: int, label: str) -> Itera
 
         kind = "all" if spatial else "own"
         yield Case("tap_path", f"{label} c{c} w{width} {plane[0]}x{plane[1]} {kind}", call)
+
+
+def _edm_inputs(dtype: torch.dtype, batch: int, label: str) -> Iterator[Case]:
+    x, sigma, freqs = _vector(batch, 1, *shapes.SAMPLE), _vector(batch), _vector(16)
+    for gamma in (None, sigma):
+
+        def call(gamma: Tensor | None = gamma) -> None:
+            edm_inputs(x, sigma, gamma, freqs, 0.5, 2, dtype)
+
+        yield Case("edm_inputs", f"{label} {'unguided' if gamma is None else 'guided'}", call)
 
 
 def _solver_steps(dtype: torch.dtype, batch: int, label: str) -> Iterator[Case]:

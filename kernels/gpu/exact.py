@@ -68,6 +68,22 @@ def root64(a):
 
 
 @triton.jit
+def circle(quarter):
+    """Cosine and sine, fp64, of four times an fp64 angle in (-pi/4, pi/4)."""
+    square = product64(quarter, quarter)
+    sine = product64(square, tl.full(quarter.shape, _SIN_TERMS[7], tl.float64))
+    for k in tl.static_range(6, 0, -1):
+        sine = product64(sine + tl.full(quarter.shape, _SIN_TERMS[k], tl.float64), square)
+    sine = product64(sine + tl.full(quarter.shape, _SIN_TERMS[0], tl.float64), quarter)
+    square = product64(sine, sine)
+    # doubling is exact: contracted or not, the bits are the same
+    half_sine = product64(root64(1.0 - square), sine) * 2.0
+    half_cosine = 1.0 - square * 2.0
+    sine = product64(half_cosine, half_sine) * 2.0
+    return 1.0 - product64(half_sine, half_sine) * 2.0, sine
+
+
+@triton.jit
 def box_muller(radius, angle):
     """Two fp64 normals sqrt(-2 log u) (cos a, sin a) from two uint32 words."""
     # u = (word + 1/2) / 2^32 in (0, 1) = mantissa 2^exponent, sqrt(1/2) <= mantissa < sqrt(2)
@@ -85,18 +101,7 @@ def box_muller(radius, angle):
     length = root64(length + product64(exponent, scale))
     # a quarter of the angle lies in (-pi/4, pi/4); doubling it twice covers the circle
     turn = tl.full(q.shape, _QUARTER_TURN, tl.float64)
-    quarter = product64(angle.to(tl.float64) + (0.5 - 2.0**31), turn)
-    square = product64(quarter, quarter)
-    sine = product64(square, tl.full(q.shape, _SIN_TERMS[7], tl.float64))
-    for k in tl.static_range(6, 0, -1):
-        sine = product64(sine + tl.full(q.shape, _SIN_TERMS[k], tl.float64), square)
-    sine = product64(sine + tl.full(q.shape, _SIN_TERMS[0], tl.float64), quarter)
-    square = product64(sine, sine)
-    # doubling is exact: contracted or not, the bits are the same
-    half_sine = product64(root64(1.0 - square), sine) * 2.0
-    half_cosine = 1.0 - square * 2.0
-    sine = product64(half_cosine, half_sine) * 2.0
-    cosine = 1.0 - product64(half_sine, half_sine) * 2.0
+    cosine, sine = circle(product64(angle.to(tl.float64) + (0.5 - 2.0**31), turn))
     return product64(cosine, length), product64(sine, length)
 
 
