@@ -59,6 +59,8 @@ class Conditioned(nn.Module):
     stem: Conv2d
     # side of a patch, in bins
     patch: int
+    # of what a network's operations outside of its layers are: `fastscore_kernels.BACKENDS`
+    backend: str | None = None
     # neither parameter nor buffer: it shares the memory of the layers' weights
     stacked: Stacked | None = None
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from fastscore_kernels import class_cotangents
 from torch import Tensor
 
 from fastscore.classifier import Classifier, PullTaps
@@ -50,10 +51,10 @@ def read_taps(
     else:
         h, pull_lower = lower(x, emb)
     logits, features, pull_upper = upper(h, emb)
-    p = logits.float().softmax(dim=1)
     if label is None or pull_lower is None:
+        p = logits.float().softmax(dim=1)
         return Taps(logits, features, pull_upper(p.to(logits.dtype)), None)
-    both = pull_upper(torch.cat((p, _chosen(p, label))).to(logits.dtype))
+    both = pull_upper(class_cotangents(logits, label, getattr(classifier, "backend", None)))
     # with it goes what the upper stages held for it
     del pull_upper
     b = x.shape[0]
@@ -71,17 +72,11 @@ def class_gradient(classifier: Classifier, x: Tensor, c_noise: Tensor, label: Te
     lower, upper = _linearized(classifier)
     h, pull_lower = lower(x, emb)
     logits, _, pull_upper = upper(h, emb)
-    chosen = _chosen(logits.float().softmax(dim=1), label)
-    shallowest = pull_upper(chosen.to(logits.dtype))[0]
+    both = class_cotangents(logits, label, getattr(classifier, "backend", None))
+    shallowest = pull_upper(both[x.shape[0] :])[0]
     # with it goes what the upper stages held for it
     del pull_upper
     return pull_lower(shallowest)
-
-
-def _chosen(p: Tensor, label: Tensor) -> Tensor:
-    """Cotangent e_y - p of log p(y|x), zero where the label is -1."""
-    classes = torch.arange(p.shape[1], device=label.device)
-    return ((classes == label[:, None]).float() - p) * (label >= 0).float()[:, None]
 
 
 def _linearized(classifier: Classifier) -> tuple[Callable, Callable]:

@@ -6,6 +6,7 @@ kernels (``triton``); ``backend=`` chooses, `available` tells what is there.
 
 from fastscore_kernels.backends import BACKENDS, available, resolve
 from fastscore_kernels.bias_add import bias_add
+from fastscore_kernels.class_cotangents import class_cotangents
 from fastscore_kernels.edm_inputs import edm_inputs
 from fastscore_kernels.norm_act import (
     norm_act,
@@ -25,6 +26,7 @@ __all__ = [
     "Projections",
     "available",
     "bias_add",
+    "class_cotangents",
     "dense",
     "edm_inputs",
     "norm_act",

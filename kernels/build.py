@@ -76,7 +76,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ops() -> tuple[str, ...]:
-    return ("norm_act", "bias_add", "tap_norm", "tap_fuse", "tap_path", "edm_inputs", "solver_step")
+    return (
+        "norm_act",
+        "bias_add",
+        "tap_norm",
+        "tap_fuse",
+        "tap_path",
+        "edm_inputs",
+        "class_cotangents",
+        "solver_step",
+    )
 
 
 def _positive(text: str) -> int:

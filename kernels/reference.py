@@ -188,6 +188,17 @@ def edm_inputs(
     )
 
 
+def class_cotangents(logits: Tensor, label: Tensor) -> Tensor:
+    """softmax(logits), then e_label - softmax(logits), [2 B, K] of logits [B, K] and label [B].
+
+    In logits' dtype, softmax in fp32; the second is zero where the label is -1.
+    """
+    p = wide(logits).softmax(dim=1)
+    classes = torch.arange(p.shape[1], device=label.device)
+    chosen = ((classes == label[:, None]).float() - p) * (label >= 0).float()[:, None]
+    return torch.cat((p, chosen)).to(logits.dtype)
+
+
 def sample_rms(x: Tensor, floor: float = 1e-30) -> Tensor:
     """Root mean square of every sample, [B, ...] -> [B] fp32, at least ``floor``."""
     # scaled by the largest magnitude first: squares of 1e-25 gradients underflow in fp32
@@ -293,6 +304,7 @@ def solver_step(
 
 __all__ = [
     "bias_add",
+    "class_cotangents",
     "edm_inputs",
     "norm_act",
     "norm_act_backward",

@@ -135,6 +135,7 @@ def traced() -> dict[str, list[str]]:
                 *(ops.norm_act_backward, x, x, stats, vector, vector, film, 4, True, x, vector),
             ),
             "bias_add": (ops.bias_add, x, vector, torch.empty(1, 16, 4, 1, device="cuda"), x),
+            "class_cotangents": (ops.class_cotangents, vector.view(2, 8), whole),
             "edm_inputs": (
                 *(ops.edm_inputs, flat, stats[0, :, 0], None, vector, 0.5, 2, torch.bfloat16),
             ),

@@ -10,6 +10,7 @@ from fastscore_kernels import (
     Projections,
     bias_add,
     checks,
+    class_cotangents,
     edm_inputs,
     library,
     norm_act,
@@ -94,6 +95,14 @@ BAD = {
         lambda k: bias_add(X, W, residual=X[:1], backend=k),
         lambda k: bias_add(X, W, residual=X.half(), backend=k),
         lambda k: bias_add(X, W, residual=SLICED, backend=k),
+    ],
+    "class_cotangents: logits": [
+        lambda k: class_cotangents(W, COUNTERS[0], k),
+        lambda k: class_cotangents(COUNTERS, SEEDS, k),
+    ],
+    "class_cotangents: label": [
+        lambda k: class_cotangents(COEFFICIENTS, SEEDS[:1], k),
+        lambda k: class_cotangents(COEFFICIENTS, ONE, k),
     ],
     "edm_inputs: x": [
         lambda k: edm_inputs(X, ONE, None, W, 0.5, 1, torch.float32, k),

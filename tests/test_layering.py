@@ -49,6 +49,7 @@ fastscore_kernels.gpu.launch         torch triton kernels.gpu.interpreting |
 fastscore_kernels.gpu.attention      torch triton kernels.gpu.common kernels.gpu.launch |
 fastscore_kernels.gpu.plans          torch kernels.gpu.launch |
 fastscore_kernels.gpu.bias_add       torch triton kernels.gpu.launch |
+fastscore_kernels.gpu.class_cotangents torch triton kernels.gpu.launch |
 fastscore_kernels.gpu.edm_inputs     torch triton kernels.gpu.exact kernels.gpu.launch |
 fastscore_kernels.gpu.norm_act_backward torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.plans |
 fastscore_kernels.gpu.norm_act       torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.norm_act_backward kernels.gpu.plans |
@@ -61,7 +62,7 @@ fastscore_kernels.gpu.tap_path_parts torch triton kernels.gpu.common kernels.gpu
 fastscore_kernels.gpu.tap_path_all   torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch kernels.gpu.plans kernels.gpu.tap_norm kernels.gpu.tap_path_parts |
 fastscore_kernels.gpu.tap_path_own   torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.plans kernels.gpu.tap_norm kernels.gpu.tap_path_parts |
 fastscore_kernels.gpu.tap_path       torch kernels.gpu.launch kernels.gpu.tap_path_all kernels.gpu.tap_path_own kernels.gpu.tap_path_parts |
-fastscore_kernels.gpu.cases          torch kernels.gpu.bias_add kernels.gpu.edm_inputs kernels.gpu.norm_act kernels.gpu.shapes kernels.gpu.solver_step kernels.gpu.tap_fuse kernels.gpu.tap_norm kernels.gpu.tap_path |
+fastscore_kernels.gpu.cases          torch kernels.gpu.bias_add kernels.gpu.class_cotangents kernels.gpu.edm_inputs kernels.gpu.norm_act kernels.gpu.shapes kernels.gpu.solver_step kernels.gpu.tap_fuse kernels.gpu.tap_norm kernels.gpu.tap_path |
 fastscore_kernels.gpu.aot            triton kernels.gpu.cases kernels.gpu.launch |
 fastscore_kernels.library            torch |
 fastscore_kernels.backends           torch kernels.library | triton
@@ -70,6 +71,7 @@ fastscore_kernels.noise              torch |
 fastscore_kernels.reference          torch |
 fastscore_kernels.registration       torch | kernels.backends kernels.gpu.launch triton
 fastscore_kernels.bias_add           torch kernels.backends kernels.checks kernels.reference kernels.registration | kernels.gpu.bias_add
+fastscore_kernels.class_cotangents   torch kernels.backends kernels.checks kernels.reference kernels.registration | kernels.gpu.class_cotangents
 fastscore_kernels.edm_inputs         torch kernels.backends kernels.checks kernels.reference kernels.registration | kernels.gpu.edm_inputs
 fastscore_kernels.norm_act           torch kernels.backends kernels.checks kernels.cpu kernels.reference kernels.registration | kernels.gpu.norm_act
 fastscore_kernels.solver_step        torch kernels.backends kernels.checks kernels.cpu kernels.noise kernels.reference kernels.registration | kernels.gpu.solver_step
@@ -78,7 +80,7 @@ fastscore_kernels.tap_norm           torch kernels.backends kernels.checks kerne
 fastscore_kernels.tap_path           torch kernels.backends kernels.checks kernels.cpu kernels.registration kernels.tap_fuse kernels.tap_norm | kernels.gpu.tap_path
 fastscore_kernels.winograd           torch kernels.checks kernels.cpu |
 fastscore_kernels.linear             torch kernels.checks kernels.cpu |
-fastscore_kernels                    kernels.backends kernels.bias_add kernels.edm_inputs kernels.norm_act kernels.registration kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path |
+fastscore_kernels                    kernels.backends kernels.bias_add kernels.class_cotangents kernels.edm_inputs kernels.norm_act kernels.registration kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore_kernels.traffic             |
 fastscore.noise                      torch kernels |
 fastscore.trajectory                 torch .noise .plans kernels.solver_step |
@@ -93,7 +95,7 @@ fastscore.audio                      numpy torch .audio_files .config | torchaud
 fastscore.data                       numpy torch .audio .cache .config .folders |
 fastscore.layers                     torch kernels kernels.bias_add kernels.norm_act |
 fastscore.classifier                 torch .config .layers |
-fastscore.taps                       torch .classifier .layers |
+fastscore.taps                       torch .classifier .layers kernels.class_cotangents |
 fastscore.subnet                     torch .config .layers kernels kernels.tap_fuse kernels.tap_norm kernels.tap_path |
 fastscore.unet                       torch .config .layers kernels.tap_fuse |
 fastscore.denoiser                   torch .classifier .config .layers .subnet .taps .trajectory .unet kernels.edm_inputs |

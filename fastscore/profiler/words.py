@@ -27,6 +27,7 @@ _OURS = {
     "solver_step": "solver step with its noise",
     "bias_add": "bias and residual added",
     "edm_inputs": "scalings, patches and features of the noise level",
+    "class_cotangents": "cotangents of the logits",
     "normals": "noise",
     "winograd": f"3{TIMES}3 convolution by Winograd's filtering",
     "linear": "linear layer",

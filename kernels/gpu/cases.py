@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from fastscore_kernels.gpu import shapes
 from fastscore_kernels.gpu.bias_add import bias_add
+from fastscore_kernels.gpu.class_cotangents import class_cotangents
 from fastscore_kernels.gpu.edm_inputs import edm_inputs
 from fastscore_kernels.gpu.norm_act import norm_act, norm_act_backward
 from fastscore_kernels.gpu.solver_step import normals, solver_step
@@ -16,7 +17,16 @@ from fastscore_kernels.gpu.tap_norm import tap_norm
 from fastscore_kernels.gpu.tap_path import tap_path
 from torch import Tensor
 
-OPS = ("norm_act", "bias_add", "tap_norm", "tap_fuse", "tap_path", "edm_inputs", "solver_step")
+OPS = (
+    "norm_act",
+    "bias_add",
+    "tap_norm",
+    "tap_fuse",
+    "tap_path",
+    "edm_inputs",
+    "class_cotangents",
+    "solver_step",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,14 @@ def cases(
                         yield from _OF_OP[op](preset, kind, batch, label)
             if "edm_inputs" in ops:
                 yield from _edm_inputs(kind, batch, f"{dtype} b{batch}")
+            if "class_cotangents" in ops:
+                logits = _vector(batch, 10, dtype=kind)
+                label = torch.empty(batch, dtype=torch.int64, device="meta")
+                yield Case(
+                    "class_cotangents",
+                    f"{dtype} b{batch}",
+                    lambda logits=logits, label=label: class_cotangents(logits, label),
+                )
             if "solver_step" in ops:
                 yield from _solver_steps(kind, batch, f"{dtype} b{batch}")
 
