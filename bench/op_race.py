@@ -37,7 +37,7 @@ from fastscore.measure.operations import Case, case, exact
 from fastscore.measure.results import Check
 from fastscore.measure.timing import Timing, WrongAnswerError, check_equal, ratios
 
-ROUNDS, DRY_ROUNDS = 21, 2
+ROUNDS, DRY_ROUNDS = 21, 1
 # seconds that a row and a compilation take until some have been seen
 ROW_SECONDS, COMPILE_SECONDS = 2.0, 10.0
 NO_TIME = "no time: "

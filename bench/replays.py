@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastscore.devices import device_lost, fp32_products
-from fastscore.measure.timing import Run, Stopwatch, Timing, interleaved, paces
+from fastscore.measure.timing import Run, Stopwatch, Timing, interleaved
 
 STATES = ("warm", "cold")
 # sets of operands: so many that the launch of a graph is lost among them, few enough to be built
@@ -118,8 +118,7 @@ def timed(
     """Seconds a call of each, in turn; ``count`` are the calls of a replay."""
     watch = Stopwatch(device, flush=state == "cold")
     runs = {name: one.run for name, one in replays.items()}
-    pace = paces(runs, watch, round_seconds)
-    found = interleaved(runs, rounds, watch=watch, known=pace)
+    found = interleaved(runs, rounds, round_seconds, watch=watch)
     return {name: Timing(tuple(s / count for s in t.seconds)) for name, t in found.items()}
 
 

@@ -37,7 +37,7 @@ from fastscore.measure.timing import Timing, WrongAnswerError, ratios
 RULE = "rule"
 # times faster than the rule that counts, and candidates that get a second sitting
 GAIN, CONFIRMED = 1.03, 2
-ROUNDS, DRY_ROUNDS, DRY_CANDIDATES = 21, 2, 2
+ROUNDS, DRY_ROUNDS, DRY_CANDIDATES = 21, 1, 1
 # seconds that a row takes until some have been seen
 ROW_SECONDS = 4.0
 # rows whose candidates are compiled while one is timed

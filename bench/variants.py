@@ -41,7 +41,7 @@ def variants(
     made = {_print(_launches(tunable, device, choice.rule, compilers, [])): "the rule"}
     for name, plan in plans.items():
         if most is not None and len(found.plans) == most:
-            refused[name] = f"only {most} are tried"
+            refused[name] = f"of candidates only {most} is tried"
             continue
         begun: list[Future[str]] = []
         try:

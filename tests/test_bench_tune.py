@@ -72,8 +72,7 @@ def test_all_that_guided_steps_ask_for_is_tuned(bench, everything, model, batch,
 
 def test_every_operation_has_a_tiny_problem(bench, everything):
     dry = bench.tunables.tunables(bench.tunables.device_here(HERE), dry=True)
-    assert len({one.choice.op for one in dry}) == len(dry)
-    # the tiny path finds its moments on the way
+    # the tiny path finds its moments on the way: more positions take an interpreter minutes
     assert {one.choice.op for one in everything.values()} - {one.choice.op for one in dry} == {
         "tap_path_moments"
     }
@@ -286,8 +285,8 @@ def test_a_dry_run_ends_well_and_leaves_the_tables_alone(bench, tmp_path, capsys
     }
     for name in names:
         found = values["rows"][name]
-        assert len(found["candidates"]) == 3, name
-        assert any("only 2 are tried" in why for why in found["skipped"].values()), name
+        assert len(found["candidates"]) == 2, name
+        assert any("only 1 is tried" in why for why in found["skipped"].values()), name
     assert "4 of 4 rows, 0 failed" in capsys.readouterr().out
     # the same command has nothing left to do
     assert bench.tune.main(command) == 0
