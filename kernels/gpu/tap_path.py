@@ -41,9 +41,9 @@ def tap_path(
     f, g = feature.contiguous(memory_format=last), gradient.contiguous(memory_format=last)
     batch, channels, height, width = f.shape
     sizes = Scale(batch, channels, query.shape[0], height * width, groups, heads)
-    out = torch.empty(
-        (batch, sizes.width, height, width), dtype=f.dtype, device=f.device, memory_format=last
-    )
+    # channels-last, as a view: for torch.empty with a memory format Inductor writes a kernel
+    out = torch.empty(batch, height, width, sizes.width, dtype=f.dtype, device=f.device)
+    out = out.permute(0, 3, 1, 2)
     log_rms = torch.empty(batch, dtype=torch.float32, device=f.device)
     norms = (feature_weight, feature_bias, gradient_weight, gradient_bias)
     inner = (query, query_bias, key_value_feature, key_value_feature_bias)
