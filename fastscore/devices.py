@@ -16,8 +16,10 @@ BATCH_SIZES = {"cpu": 1, "cuda": 16}
 _LOST = ("device-side assert", "illegal memory access", "device is unavailable", "launch failure")
 _LOST_TOO = ("unspecified launch", "uncorrectable ecc", "has fallen off the bus", "device lost")
 _LOST_AS_WELL = ("misaligned address", "illegal instruction", "launch timed out", "nvlink error")
-# libraries and Triton have memory of their own to ask for, and errors of their own
-_NO_MEMORY = ("cuda error: out of memory", "[cuda]: out of memory", "_alloc_failed")
+# what says that memory did not suffice: the CPU's allocator raises a plain RuntimeError, a compiler
+# wraps what was raised while it ran, libraries and Triton have errors of their own
+_NO_MEMORY = ("can't allocate memory", "cuda out of memory", "_alloc_failed")
+_NO_MEMORY_EITHER = ("cuda error: out of memory", "[cuda]: out of memory")
 
 
 class DeviceLostError(RuntimeError):
@@ -32,11 +34,9 @@ def device_lost(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory did not suffice."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    # the CPU's allocator raises a plain RuntimeError
-    text = str(error).lower()
-    return "can't allocate memory" in text or any(sign in text for sign in _NO_MEMORY)
+    said = str(error).lower()
+    signs = (*_NO_MEMORY, *_NO_MEMORY_EITHER)
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in signs)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
