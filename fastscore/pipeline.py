@@ -245,7 +245,8 @@ class Pipeline(Voice):
         """Draw throw-away batches, so that nothing is compiled or captured later; what it took.
 
         ``batch_sizes`` None is the pipeline's own; ``steps`` None is one step, or the preset's
-        where programs are recorded for a number of steps. Returns seconds in all, of compiling and
+        where programs are compiled for guided and unguided steps or recorded for a number of them.
+        Returns seconds in all, of compiling and
         of recording, programs recorded and bytes their graphs hold.
         """
         asked = make_request(
@@ -253,7 +254,7 @@ class Pipeline(Voice):
             self.denoiser.sigma_range,
             self.labels,
             labels=self.labels[0],
-            steps=1 if steps is None and self.engine.options.mode != "graphs" else steps,
+            steps=1 if steps is None and self.engine.options.mode == "eager" else steps,
             batch_size=self.batch_size,
         )
         with fp32_products(self.device, self.precision == "tf32"):
@@ -365,7 +366,7 @@ class Pipeline(Voice):
                 raise SamplingCancelledError(step, step + 1)
 
         # whoever watches a trajectory that is one graph would have it taken to pieces
-        watched = None if self.engine.options.mode == "graphs" else watch
+        watched = None if self.engine.options.recorded else watch
         clips = joined([ticket.request.clips() for ticket in tickets])
         drawn = self._draw(tickets[0].request.task, clips, batch_size, watched)
         results: list[Result | Exception] = []

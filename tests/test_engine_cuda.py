@@ -1,4 +1,9 @@
-"""CUDA graphs of the engine: the bits of eager drawing, no waiting, no memory asked for."""
+"""CUDA graphs of the engine: the bits of direct drawing, no waiting, no memory asked for.
+
+Graphs of the denoiser as it is, and of the compiled one.
+"""
+
+import threading
 
 import pytest
 import torch
@@ -13,6 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 LABELS = ["yes", None, "no", "up", "down"]
+# a mode that records, and the one whose bits it has
+DIRECT = {"graphs": "eager", "compiled-graphs": "compile"}
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +39,24 @@ def pipeline(folder, **options):
     )
 
 
+@pytest.fixture(scope="module", params=list(DIRECT))
+def mode(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def direct(folder, mode):
+    return pipeline(folder, mode=DIRECT[mode], buckets=(1, 2, 8))
+
+
+@pytest.fixture(scope="module")
+def graphs(folder, mode):
+    return pipeline(folder, mode=mode, buckets=(1, 2, 8))
+
+
 @pytest.fixture(scope="module")
 def eager(folder):
     return pipeline(folder)
-
-
-@pytest.fixture(scope="module")
-def graphs(folder):
-    return pipeline(folder, mode="graphs", buckets=(1, 2, 8))
 
 
 def asked_of(pipe, **options):
@@ -50,29 +67,40 @@ def asked_of(pipe, **options):
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde", "unipc", "heun", "pc_vp"])
 @pytest.mark.parametrize("watched", [False, True])
-def test_replays_have_the_bits_of_eager_drawing(eager, graphs, sampler, watched):
+def test_replays_have_the_bits_of_direct_drawing(direct, graphs, sampler, watched):
     seen = []
     options = {"sampler": sampler, "nfe": 5, "batch_size": 8, "seed": 3}
-    expected = eager.sample([*LABELS, None, "yes", "no"], **options)
+    expected = direct.sample([*LABELS, None, "yes", "no"], **options)
     for _ in range(2):
         callback = seen.append if watched else None
         found = graphs.sample([*LABELS, None, "yes", "no"], callback=callback, **options)
         assert torch.equal(found.mels, expected.mels)
         assert torch.equal(found.waves, expected.waves)
     assert bool(seen) == watched
+    # labels, samplers and programs are many, and none of them compiles anything anew
+    assert graphs.stats()["recompilations"] == direct.stats()["recompilations"] == 0
 
 
-def test_deterministic_clips_have_one_set_of_bits(folder, eager, monkeypatch):
-    alone = torch.cat([eager.sample(k, first=i, nfe=4).waves for i, k in enumerate(LABELS)])
+def test_compiled_clips_are_close_to_eager_ones(eager, direct, graphs):
+    options = {"sampler": "dpmpp_2m_sde", "nfe": 5, "batch_size": 8, "seed": 3}
+    labels = [*LABELS, None, "yes", "no"]
+    expected = eager.sample(labels, **options).mels
+    for pipe in (direct, graphs):
+        found = pipe.sample(labels, **options).mels
+        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_deterministic_clips_have_one_set_of_bits(folder, mode, direct, monkeypatch):
+    alone = torch.cat([direct.sample(k, first=i, nfe=4).waves for i, k in enumerate(LABELS)])
     # a deterministic engine asks for it by itself
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    exact = pipeline(folder, mode="graphs", deterministic=True)
+    exact = pipeline(folder, mode=mode, deterministic=True)
     for size in (1, 3, 8):
         assert torch.equal(exact.sample(LABELS, nfe=4, batch_size=size).waves, alone)
 
 
-def test_a_replay_reads_nothing_of_the_last_one(folder):
-    pipe = pipeline(folder, mode="graphs", buckets=(2,))
+def test_a_replay_reads_nothing_of_the_last_one(folder, mode):
+    pipe = pipeline(folder, mode=mode, buckets=(2,))
     first = pipe.sample(["yes", None], nfe=4, batch_size=2)
     for program in pipe.engine._programs._programs.values():
         for t in (*program.recorded.outputs, *program.buffers.values()):
@@ -101,27 +129,54 @@ def test_steady_state_waits_for_nothing_and_allocates_nothing(graphs):
     assert graphs.stats()["replays"] == replays + 20
 
 
-def test_warming_up_tells_seconds_and_memory(folder):
-    pipe = pipeline(folder, mode="graphs", buckets=(1, 2, 4))
-    took = pipe.warmup((1, 2, 4))
+def test_warming_up_leaves_nothing_to_record_or_compile(folder, mode):
+    pipe = pipeline(folder, mode=mode, buckets=(1, 2, 8))
+    took = pipe.warmup((1, 2, 8))
     assert took["programs"] == 6
-    assert took["record_seconds"] > 0
+    assert 0 < took["record_seconds"] <= took["seconds"]
     assert took["graph_memory"] > 0
-    recorded = pipe.stats()["recorded"]
+    compiled = mode == "compiled-graphs"
+    assert (took["compile_seconds"] > 0) == compiled
+    before = pipe.stats()
     for count in (1, 2, 3):
-        pipe.sample(LABELS[:count], batch_size=4)
-    assert pipe.stats()["recorded"] == recorded
+        pipe.sample(LABELS[:count], batch_size=8)
+    after = pipe.stats()
+    assert after["recorded"] == before["recorded"] == 6
+    assert after["compilations"] == before["compilations"] == 6 * compiled
+    assert after["recompilations"] == 0
+    pipe.close()
+    assert pipe.stats()["programs"] == 0
 
 
-def test_engines_do_not_share_a_pool(eager):
+def test_other_threads_may_use_the_device_while_the_compiler_runs(folder, mode):
+    """Autotuning waits for the device in the warm-up runs; a capture is of one thread alone."""
+    pipe, stop, failed = pipeline(folder, mode=mode, buckets=(1,)), threading.Event(), []
+
+    def work():
+        try:
+            while not stop.is_set():
+                torch.ones(64, device="cuda").sum().item()
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        first = pipe.sample("yes", nfe=3).waves
+    finally:
+        stop.set()
+        thread.join()
+    assert failed == []
+    assert torch.equal(pipe.sample("yes", nfe=3).waves, first)
+
+
+def test_engines_do_not_share_a_pool(eager, mode):
     pool = GraphPool()
     shape = (1, eager.mel_config.n_mels, eager.frames)
     model = Model(eager.denoiser, eager.finish, shape, eager.device, eager.backend)
-    engine = Engine(
-        model, Options(mode="graphs"), recorder=CudaGraphs(eager.device, pool), pool=pool
-    )
+    engine = Engine(model, Options(mode=mode), recorder=CudaGraphs(eager.device, pool), pool=pool)
     with pytest.raises(ValueError, match="belongs to another engine"):
-        Engine(model, Options(mode="graphs"), pool=pool)
+        Engine(model, Options(mode=mode), pool=pool)
     engine.close()
 
 

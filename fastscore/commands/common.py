@@ -54,7 +54,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--mode",
         default="eager",
         metavar="NAME",
-        help="eager, compile (torch.compile) or graphs (CUDA graphs) (default: %(default)s)",
+        help="eager, compile (torch.compile), graphs (CUDA graphs) or compiled-graphs (both) "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--deterministic",

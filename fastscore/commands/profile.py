@@ -223,13 +223,13 @@ def _engine(pipeline: Pipeline, found: Recording) -> dict[str, Any]:
 
 
 def _notes(pipeline: Pipeline) -> list[str]:
-    mode = pipeline.engine.options.mode
-    if mode == "compile":
+    options = pipeline.engine.options
+    if options.mode == "compile":
         return [
             "The denoiser runs as one compiled program. Marks inside it would make another program "
             "of it, so its phases and layers are not told apart."
         ]
-    if mode == "graphs":
+    if options.recorded:
         return [
             "The trajectory runs as one CUDA graph. Its kernels are listed; their phases and "
             "layers are not told apart, since no Python runs between them."

@@ -19,7 +19,7 @@ from fastscore.engine.programs import ProgramCache
 from fastscore.engine.recorders import CudaGraphs, GraphPool, Recorder
 from fastscore.engine.runners import Direct, Model, Recording, Task
 
-MODES = ("eager", "compile", "graphs")
+MODES = ("eager", "compile", "graphs", "compiled-graphs")
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 # called with (number of the first clip, clips, step, x, x0) after each step of a batch
@@ -38,10 +38,11 @@ class Drawn(NamedTuple):
 class Options:
     """How an engine runs.
 
-    ``mode`` is "eager", "compile" (the denoiser by torch.compile) or "graphs" (CUDA graphs of whole
-    trajectories). ``deterministic`` computes clips one by one, so that their bits depend on
-    nothing but themselves. ``buckets`` are the batch sizes that compiled or recorded programs are
-    made for; ``max_graphs`` bounds recorded programs, those used last are kept.
+    ``mode`` is "eager", "compile" (the denoiser by torch.compile), "graphs" (CUDA graphs of whole
+    trajectories) or "compiled-graphs" (CUDA graphs of trajectories of the compiled denoiser).
+    ``deterministic`` computes clips one by one, so that their bits depend on nothing but
+    themselves. ``buckets`` are the batch sizes that compiled or recorded programs are made for;
+    ``max_graphs`` bounds recorded programs, those used last are kept.
     """
 
     mode: str = "eager"
@@ -54,10 +55,23 @@ class Options:
             raise ValueError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         object.__setattr__(self, "buckets", check_buckets(self.buckets))
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the denoiser is compiled."""
+        return self.mode in ("compile", "compiled-graphs")
+
+    @property
+    def recorded(self) -> bool:
+        """Whether whole trajectories are recorded as CUDA graphs."""
+        return self.mode in ("graphs", "compiled-graphs")
+
 
 @dataclass(frozen=True)
 class EngineStats:
     """Counts since the engine was made; seconds and bytes are of compiling and recording.
+
+    Where a program is recorded of what is compiled, the compiler runs while it is recorded, and its
+    seconds are in both.
 
     ``recompilations`` are runs of the compiler beyond one a batch size, guided and not; ``splits``
     counts batches halved because the device's memory did not hold them.
@@ -101,27 +115,29 @@ class Engine:
         self._lost: str | None = None
         self._process = os.getpid()
         self._compiled = None
-        if options.mode == "compile":
+        if options.compiled:
             self._compiled = CompiledDenoiser(model.denoise, model.device)
             model = replace(model, denoise=self._compiled)
         self._model = model
         self._programs = ProgramCache(options.max_graphs)
-        if options.mode == "graphs" and recorder is None:
+        if options.recorded and recorder is None:
             if model.device.type != "cuda":
                 raise ValueError(
-                    f'mode "graphs" needs a CUDA device, not {model.device}; choose "eager" or '
-                    '"compile"'
+                    f'mode "{options.mode}" needs a CUDA device, not {model.device}; choose '
+                    '"eager" or "compile"'
                 )
             recorder = CudaGraphs(model.device, self._pool)
         self._runner = (
             Direct(model) if recorder is None else Recording(model, recorder, self._programs)
         )
         # a deterministic clip is computed alone, never in a batch that was filled up
-        fixed = recorder is not None or options.mode == "compile"
+        fixed = recorder is not None or options.compiled
         self._fixed_sizes = fixed and not options.deterministic
         self._largest = 1 if options.deterministic else options.buckets[-1]
         self._counts = {"batches": 0, "clips": 0, "evaluations": 0, "splits": 0}
 
+    # what a caller's inference mode made could be neither written to nor replayed outside of it
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def draw(
         self,

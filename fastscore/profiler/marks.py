@@ -184,7 +184,8 @@ class Marks:
 
             return draw
 
-        if compiled is None:
+        if pipeline.engine.options.recorded:
+            # a compiled denoiser within a graph runs only while it is recorded
             self._wrap(pipeline.engine._runner, "draw", graph)
         else:
             self._wrap(compiled, "parts", evaluation)

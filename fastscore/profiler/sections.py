@@ -249,6 +249,8 @@ def engine(report: Report) -> str:
     verdict = {
         "compile": "Mode compile: one program for each batch size, guided and not.",
         "graphs": "Mode graphs: a whole trajectory is one CUDA graph.",
+        "compiled-graphs": "Mode compiled-graphs: a whole trajectory is one CUDA graph, of one "
+        "compiled denoiser for each batch size, guided and not.",
     }[counts["mode"]]
     if counts["compilations_during"] or counts["recorded_during"]:
         verdict += (
