@@ -21,7 +21,7 @@ from fastscore.measure.timing import (
     ratios,
     reference_work,
 )
-from fastscore.measure.workloads import COMPILE, Workload
+from fastscore.measure.workloads import COMPILED, Workload
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 WATCH = pytest.StashKey[Watch]()
@@ -153,7 +153,7 @@ def measure(request, benchmark, device, with_compile) -> Callable[..., None]:
     def run(workloads: list[Workload]) -> None:
         part = request.config.getoption("--only")
         chosen = [w for w in workloads if part in w.name]
-        chosen = [w for w in chosen if with_compile or getattr(w, "mode", "") != COMPILE]
+        chosen = [w for w in chosen if with_compile or getattr(w, "mode", "") not in COMPILED]
         reasons = {w.name: obstacle(w, device) for w in chosen}
         chosen = [w for w in chosen if not reasons[w.name]]
         if not chosen:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from fastscore.engine import Rerun
 from fastscore.measure import operations, subjects, workloads
 from fastscore.measure.models import MODELS, VOCODERS, score_network, size
 from fastscore.measure.timing import WrongAnswerError, check_equal
@@ -17,10 +18,10 @@ CPU = torch.device("cpu")
 # changes, give what is new a new name, and only then write down the new digest
 MEANINGS = {
     "ops": "74f848b3b6ce597d",
-    "step": "525064e85b84d5d2",
-    "loop": "68ad47d1850ea6f6",
+    "step": "c87b7a6d34346a2c",
+    "loop": "e46095ee02b3b4e7",
     "vocoder": "2deee0fd7858f1cc",
-    "end-to-end": "26756ee27083abcf",
+    "end-to-end": "8519024ade4d08c9",
 }
 
 
@@ -57,6 +58,7 @@ def test_a_cpu_is_not_asked_for_what_only_a_gpu_can():
     assert reasons["step/digits/b1/guided/native"] == ""
     assert reasons["step/digits/b1/guided/native/compile"] == ""
     assert "GPU" in reasons["step/digits/b1/guided/triton/graphs"]
+    assert "CUDA graphs" in reasons["step/digits/b1/guided/reference/compiled-graphs"]
     assert "batch 64" in reasons["step/digits/b64/guided/native"]
 
 
@@ -150,6 +152,23 @@ def test_a_step_is_checked_against_other_code(small, model, guided):
         x, sigma, label, gamma = subjects.step_arguments(2, True, CPU, net.shape)
         with pytest.raises(WrongAnswerError):
             check_equal({against: answer, "it": net(x, sigma, label, 1.1 * gamma)}, tolerance)
+
+
+@pytest.mark.parametrize(
+    "mode", ["graphs", pytest.param("compiled-graphs", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("guided", [False, True])
+@torch.no_grad()
+def test_a_recorded_step_has_the_answer_of_a_step(small, monkeypatch, mode, guided):
+    # replayed by running again, as a device without graphs can
+    monkeypatch.setattr(subjects, "CudaGraphs", lambda device, pool: Rerun())
+    step = Step(2, "reference", "taps", mode, guided=guided)
+    built = subjects.build(step, CPU)
+    against, answer = subjects.expected(step, CPU)
+    assert not built.again
+    for _ in range(2):
+        (found,) = built.run()
+        check_equal({against: answer, "it": found}, subjects.tolerance(step, CPU))
 
 
 def test_sizes_tell_what_is_trained(small):

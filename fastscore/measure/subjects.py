@@ -21,9 +21,9 @@ from fastscore.engine.programs import Program
 from fastscore.measure import operations
 from fastscore.measure.models import prepared, prepared_vocoder, score_network
 from fastscore.measure.workloads import (
-    COMPILE,
+    COMPILED,
     EAGER,
-    GRAPHS,
+    RECORDED,
     Course,
     EndToEnd,
     Loop,
@@ -128,15 +128,15 @@ def step_arguments(batch: int, guided: bool, device: torch.device, shape=(80, 64
 def _step(step: Step, device: torch.device) -> Built:
     net = prepared(step.model, device, step.backend, step.precision)
     args = step_arguments(step.batch, step.guided, device, net.shape)
-    if step.mode == COMPILE:
-        compiled = CompiledDenoiser(net, device)
-        run = functools.partial(compiled, *args, *(None,) * (4 - len(args)))
-        return Built(run, again=False, modules=(net,))
-    if step.mode == GRAPHS:
-        names = ("x", "sigma", "label", "gamma")[: len(args)]
-        inputs = dict(zip(names, args, strict=True))
-        return _recorded(lambda b: (net(*(b[name] for name in names)),), inputs, device, net)
-    return Built(functools.partial(net, *args), modules=(net,))
+    denoise = CompiledDenoiser(net, device) if step.mode in COMPILED else net
+    if step.mode in RECORDED:
+        names = ("x", "sigma", "label", "gamma")
+        inputs = dict(zip(names, args, strict=False))
+        return _recorded(
+            lambda b: (denoise(*(b.get(name) for name in names)),), inputs, device, net
+        )
+    run = functools.partial(denoise, *args, *(None,) * (4 - len(args)))
+    return Built(run, again=step.mode == EAGER, modules=(net,))
 
 
 def _recorded(
@@ -264,7 +264,7 @@ def _mels(vocoder: Vocoder, count: int, bands: int, device: torch.device) -> Ten
 def _vocoder(vocoder: Vocoder, device: torch.device) -> Built:
     net = prepared_vocoder(vocoder.model, device)
     mels = _mels(vocoder, vocoder.batch, net.mel_config.n_mels, device)
-    if vocoder.mode == GRAPHS:
+    if vocoder.mode in RECORDED:
         return _recorded(lambda b: (render(net, b["mels"]),), {"mels": mels}, device, net)
     return Built(lambda: render(net, mels), modules=(net,))
 

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SUITES = ("ops", "step", "loop", "vocoder", "end-to-end")
-EAGER, COMPILE, GRAPHS = "eager", "compile", "graphs"
+EAGER, COMPILE, GRAPHS, COMPILED_GRAPHS = "eager", "compile", "graphs", "compiled-graphs"
+COMPILED, RECORDED = (COMPILE, COMPILED_GRAPHS), (GRAPHS, COMPILED_GRAPHS)
 # batches that a CPU would take minutes for
 _ON_GPU = (64, 256)
 
@@ -116,7 +117,7 @@ class Modelled(Workload):
 
     def only_on_gpu(self) -> str:
         """Graphs are CUDA's."""
-        if self.mode == GRAPHS:
+        if self.mode in RECORDED:
             return "CUDA graphs need a GPU"
         return super().only_on_gpu()
 
@@ -209,6 +210,7 @@ VARIANTS = (
     ("reference", EAGER, "fp32"),
     ("reference", COMPILE, "fp32"),
     ("reference", GRAPHS, "fp32"),
+    ("reference", COMPILED_GRAPHS, "fp32"),
     ("native", EAGER, "fp32"),
     ("native", EAGER, "bf16"),
     ("native", COMPILE, "fp32"),
@@ -217,6 +219,8 @@ VARIANTS = (
     ("triton", COMPILE, "fp32"),
     ("triton", GRAPHS, "fp32"),
     ("triton", GRAPHS, "bf16"),
+    ("triton", COMPILED_GRAPHS, "fp32"),
+    ("triton", COMPILED_GRAPHS, "bf16"),
 )
 # a vocoder has no operation of fastscore_kernels
 VOCODER_VARIANTS = (("", EAGER, "fp32"), ("", GRAPHS, "fp32"))
