@@ -4,16 +4,10 @@ They run on tensors that have no memory (`fastscore.measure.nodes`), in a proces
 interpreter, which would register other operators than a GPU has.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from interpreter import DEVICE
+from scripts import answers
 
-HERE = Path(__file__).parent
 OPS = (
     *("norm_act", "norm_act_backward", "tap_norm", "tap_fuse", "tap_fuse_backward", "tap_path"),
     *("bias_add", "edm_inputs", "class_cotangents", "solver_step", "normals"),
@@ -24,17 +18,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is there: it run
 
 @pytest.fixture(scope="module")
 def found():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, HERE / "imagined.py"],
-        cwd=HERE,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)
+    return answers("imagined.py")
 
 
 @pytest.mark.parametrize("op", OPS)
