@@ -22,6 +22,9 @@ if "cpu" in sys.argv:
 
 import triton
 import triton.language as tl
+from fastscore_kernels.gpu.bias_add import bias_add
+from fastscore_kernels.gpu.class_cotangents import class_cotangents
+from fastscore_kernels.gpu.edm_inputs import edm_inputs
 from fastscore_kernels.gpu.launch import parameters
 from fastscore_kernels.gpu.norm_act import norm_act, norm_act_backward
 from fastscore_kernels.gpu.solver_step import normals, solver_step
@@ -40,17 +43,17 @@ class Operands:
     """Random operands of one type on a device, copied there from the host."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
+        self._device, self.dtype = device, dtype
 
     def plane(self, channels: int) -> Tensor:
         """Activations [B, channels, H, W], channels-last."""
         samples, _, _, *plane = SHAPE
-        x = torch.randn(samples, channels, *plane).to(self._dtype)
+        x = torch.randn(samples, channels, *plane).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last).to(self._device)
 
     def narrow(self, *shape: int) -> Tensor:
         """Numbers of the activations' type."""
-        return torch.randn(shape).to(self._dtype).to(self._device)
+        return torch.randn(shape).to(self.dtype).to(self._device)
 
     def single(self, *shape: int) -> Tensor:
         """fp32 numbers."""
@@ -67,8 +70,8 @@ def normalise(splits: int, make: Operands) -> None:
     film = make.single(samples, 2 * channels)
     ways = {"splits": splits, "block_n": 8}
     with parameters("norm_act", **ways), parameters("norm_act_backward", **ways):
-        y, stats = norm_act(x, weight, bias, film, groups, True, 1e-5)
-        norm_act_backward(y, x, stats, weight, bias, film, groups, True, y)
+        y, stats = norm_act(x, weight, bias, film, groups, True, 1e-5, make.narrow(channels))
+        norm_act_backward(y, x, stats, weight, bias, film, groups, True, y, make.narrow(channels))
 
 
 def normalise_taps(splits: int, make: Operands) -> None:
@@ -96,6 +99,20 @@ def path(spatial: bool, known: int, make: Operands) -> None:
     taps = make.plane(channels), make.plane(channels)
     with parameters("tap_path_project" if spatial else "tap_path_own", known=known):
         tap_path(*taps, *norms, *weights, groups, heads, spatial, 1e-5)
+
+
+def add(make: Operands) -> None:
+    _, channels, _, rows, _ = SHAPE
+    band = make.single(1, channels, rows, 1)
+    bias_add(make.plane(channels), make.narrow(channels), band, make.plane(channels))
+    bias_add(make.plane(channels), make.narrow(channels), None, None)
+
+
+def read(make: Operands) -> None:
+    samples = SHAPE[0]
+    x, sigma, dtype = make.single(samples, 1, 6, 10), make.single(samples).exp(), make.dtype
+    edm_inputs(x, sigma, make.single(samples), make.single(5), 0.7, 2, dtype)
+    class_cotangents(make.single(samples, 7), make.whole(samples) % 7)
 
 
 def solve(make: Operands) -> None:
@@ -130,6 +147,8 @@ CASES: dict[str, Callable[[Operands], None]] = {
     "tap_path_own_known": lambda make: path(False, 1, make),
     "tap_path_all": lambda make: path(True, 0, make),
     "tap_path_all_known": lambda make: path(True, 1, make),
+    "bias_add": add,
+    "edm_inputs": read,
     "solver_step": solve,
 }
 

@@ -159,13 +159,14 @@ def work(args: argparse.Namespace) -> tuple[list[tuple[str, str]], list[tuple[st
     return [(ALONE, op) for op in ops], planted + [(tool, op) for tool in tools for op in ops]
 
 
-def row_of(tool: str, op: str, device: torch.device) -> dict[str, Any]:
-    """Measure one row."""
+def row_of(tool: str, op: str, device: torch.device, dry: bool) -> dict[str, Any]:
+    """Measure one row; a dry run does without the tool where it is not installed, and says so."""
     if tool == ALONE:
         return alone(op, started(case_command(op, device), LIMIT))
     if shutil.which(TOOL) is None:
         sentence = f"{TOOL} is not on the PATH; it comes with the CUDA toolkit"
-        return {"tool": tool, "op": op, "errors": None, "failed": f"refused: {sentence}"}
+        why = {"skipped": sentence} if dry else {"failed": f"refused: {sentence}"}
+        return {"tool": tool, "op": op, "errors": None, **why}
     return judged(tool, op, started(sanitizer_command(tool, op, device), LIMIT))
 
 
@@ -177,7 +178,9 @@ def main() -> None:
 
         def measured(row: tuple[str, str]) -> tuple[str, dict[str, Any] | None]:
             name = "/".join(row)
-            return name, row_of(*row, stage.device) if stage.wants(name, SHORTEST) else None
+            if not stage.wants(name, SHORTEST):
+                return name, None
+            return name, row_of(*row, stage.device, args.dry)
 
         first, others = work(args)
         # compiled by themselves: under a tool that would take long, and be watched
@@ -185,7 +188,7 @@ def main() -> None:
             for name, row in pool.map(measured, rows):
                 if row is not None:
                     stage.add(name, row)
-                    print(f"{name:32} {row.get('failed', 'ok')}", flush=True)
+                    print(f"{name:32} {row.get('failed', row.get('skipped', 'ok'))}", flush=True)
         stage.finish(len(first) + len(others))
     if stage.values["status"] != "ok":
         sys.exit(1)
