@@ -24,8 +24,6 @@ def edm_inputs_kernel(
     gamma,
     gamma_stride,
     freqs,
-    variance,
-    deviation,
     patches,
     features,
     coefficients,
@@ -33,6 +31,9 @@ def edm_inputs_kernel(
     blocks,
     H,
     W,
+    # not arguments: from a compiler numbers arrive as fp64
+    VARIANCE: tl.constexpr,
+    DEVIATION: tl.constexpr,
     P: tl.constexpr,
     FREQS: tl.constexpr,
     GUIDED: tl.constexpr,
@@ -43,7 +44,7 @@ def edm_inputs_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     level = tl.load(sigma + b * sigma_stride)
-    total = level * level + variance
+    total = level * level + VARIANCE
     c_in = 1.0 / tl.sqrt_rn(total)
     # written side by side: the channels of one patch, then the next patch of its row
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -64,8 +65,8 @@ def edm_inputs_kernel(
         cosine, sine = circle((turns - tl.floor(turns + 0.5)) * _QUARTER)
         tl.store(features + b * 2 * FREQS + f, cosine.to(tl.float32), mask=known)
         tl.store(features + b * 2 * FREQS + FREQS + f, sine.to(tl.float32), mask=known)
-        tl.store(coefficients + b, variance / total)
-        tl.store(coefficients + batch + b, level * deviation * c_in)
+        tl.store(coefficients + b, VARIANCE / total)
+        tl.store(coefficients + batch + b, level * DEVIATION * c_in)
         weight = 0.0
         if GUIDED:
             weight = tl.load(gamma + b * gamma_stride) * level * level * c_in
@@ -94,9 +95,9 @@ def edm_inputs(
         {"block": 512, "warps": 4},
     )
     blocks = ceil_div(size, plan["block"])
-    shape = (batch, patch * patch, height // patch, width // patch)
-    layout = torch.channels_last
-    patches = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+    # channels-last, as a view: for torch.empty with a memory format Inductor writes a kernel
+    shape = (batch, height // patch, width // patch, patch * patch)
+    patches = torch.empty(shape, dtype=dtype, device=x.device).permute(0, 3, 1, 2)
     features = torch.empty(batch, 2 * freqs.numel(), dtype=torch.float32, device=x.device)
     coefficients = torch.empty(3, batch, dtype=torch.float32, device=x.device)
     launch(
@@ -108,8 +109,6 @@ def edm_inputs(
         # without strengths a pointer that nobody reads
         *((sigma, 0) if gamma is None else (gamma, gamma.stride(0))),
         freqs,
-        sigma_data**2,
-        sigma_data,
         patches,
         features,
         coefficients,
@@ -117,6 +116,8 @@ def edm_inputs(
         blocks,
         height,
         width,
+        VARIANCE=sigma_data**2,
+        DEVIATION=sigma_data,
         P=patch,
         FREQS=freqs.numel(),
         GUIDED=gamma is not None,
