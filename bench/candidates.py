@@ -21,6 +21,7 @@ _BOUNDS = {
     "warps": (1, 16),
     "stages": (1, 4),
     "quads": (32, 1024),
+    "block": (64, 4096),
     "block_n": (1, 4096),
     "block_r": (1, 1024),
     "bundle": (1, 64),

@@ -29,6 +29,7 @@ _SIGNS = (
     ("copy", COPIES), ("fill", COPIES), ("concatenation", COPIES), ("stacking", COPIES),
     ("repetition", COPIES), ("patches", COPIES), ("pixels", COPIES), ("change of type", COPIES),
     ("element by element", POINTWISE), ("sum", POINTWISE), ("mean", POINTWISE),
+    ("added", POINTWISE), ("cotangents", POINTWISE),
 )  # fmt: skip
 # kinds of operations of `fastscore.measure.work`
 _KINDS = {

@@ -22,8 +22,10 @@ TINY = (
     ),
     *(
         Op(1, "eager", op, 1, 4, 4)
-        for op in ("solver_step", "solver_step_without_noise", "normals")
+        for op in ("solver_step", "solver_step_without_noise", "normals", "edm_inputs")
     ),
+    Op(1, "eager", "bias_add", 8, 2, 2),
+    Op(1, "eager", "class_cotangents", 4, 1, 1),
 )
 
 
@@ -53,6 +55,6 @@ def problems(dry: bool) -> list[Problem]:
 def _ordered(shapes: list[Op]) -> Iterator[Problem]:
     for dtype, batch in ORDER:
         for op in shapes:
-            # noise is drawn from whole numbers: one problem for all dtypes
-            kind = ORDER[0][0] if op.op == "normals" else dtype
+            # noise is drawn from whole numbers, and logits are fp32: one problem for all dtypes
+            kind = ORDER[0][0] if op.op in ("normals", "class_cotangents") else dtype
             yield Problem(replace(op, batch=batch), kind)

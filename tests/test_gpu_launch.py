@@ -76,12 +76,12 @@ def test_choices_tell_problem_rule_and_answer():
     x = activation(1, 8, 2, 2)
     weight = torch.ones(8)
     with launch.choices() as found, launch.record(launch.DEVICES["sm_90"]):
-        norm_act(x, weight, weight, None, 2, True, 1e-5)
+        norm_act(x, weight, weight, None, 2, True, 1e-5, None)
         with launch.parameters("norm_act", warps=16):
-            norm_act(x, weight, weight, None, 2, True, 1e-5)
+            norm_act(x, weight, weight, None, 2, True, 1e-5, None)
     # outside nothing is collected any more
     with launch.record(launch.DEVICES["sm_90"]):
-        norm_act(x, weight, weight, None, 2, True, 1e-5)
+        norm_act(x, weight, weight, None, 2, True, 1e-5, None)
     assert [c.op for c in found] == ["norm_act", "norm_act"]
     assert {c.key for c in found} == {"dtype=float32 rows=1 channels=8 positions=4 groups=2 last=1"}
     assert [c.chosen["warps"] for c in found] == [1, 16]

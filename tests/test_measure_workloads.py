@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 # a digest of every name with its description. A name must keep its meaning: where one of these
 # changes, give what is new a new name, and only then write down the new digest
 MEANINGS = {
-    "ops": "74f848b3b6ce597d",
+    "ops": "0271eff52c9459f6",
     "step": "c87b7a6d34346a2c",
     "loop": "e46095ee02b3b4e7",
     "vocoder": "2deee0fd7858f1cc",
@@ -117,7 +117,8 @@ def test_every_operation_is_near_the_exact_answer_in_every_dtype(name, dtype, ba
     runs = {"eager": case.run("eager"), backend: case.run(backend)}
     checks = {n: check_equal({"exact": exact, n: run()}, case.tolerance) for n, run in runs.items()}
     floats = [t for t in case.arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    if name != "normals":
+    # what is not drawn, and what is fp32 whatever the networks compute in
+    if name not in ("normals", "edm_inputs", "class_cotangents"):
         assert dtype in {t.dtype for t in floats}
     if dtype == torch.bfloat16 and name in ("norm_act", "norm_act_vjp", "tap_norm", "tap_fuse"):
         # the answer is of the rounded operands, but not rounded itself

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from fastscore_kernels import (
     Norms,
     Projections,
+    bias_add,
+    class_cotangents,
+    edm_inputs,
     noise,
     norm_act,
     norm_act_linearize,
@@ -218,6 +221,50 @@ def _tap_path(op: Op, operands: _Operands) -> Case:
     )
 
 
+def _bias_add(op: Op, operands: _Operands) -> Case:
+    """Bias and residual of a block."""
+    x, residual, (bias,) = operands.activation(), operands.activation(), operands.vectors(1)
+
+    def eager(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return reference.bias_add(x, bias, None, residual)
+
+    return Case(
+        (x, bias, residual),
+        eager,
+        lambda backend: lambda: bias_add(x, bias, residual=residual, backend=backend),
+        _BF16 if operands.narrow else 2e-5,
+    )
+
+
+def _edm_inputs(op: Op, operands: _Operands) -> Case:
+    """A sample's patches of two by two, sixteen frequencies, and a strength; levels in fp32."""
+    fp32 = torch.float32
+    x = operands.held(torch.randn(op.batch, 1, op.height, op.width), fp32)
+    sigma, gamma = (operands.held(torch.rand(op.batch) + 0.5, fp32) for _ in range(2))
+    freqs = operands.held(torch.linspace(0.25, 100.0, 16), fp32)
+    kind = operands.wide or operands.dtype
+    arguments = (x, sigma, gamma, freqs, 1.0, 2, kind)
+    # an angle of some 20 is rounded in fp32 before its cosine is taken
+    return Case(
+        arguments,
+        reference.edm_inputs,
+        lambda backend: lambda: edm_inputs(*arguments, backend=backend),
+        _BF16 if operands.narrow else 2e-5,
+    )
+
+
+def _class_cotangents(op: Op, operands: _Operands) -> Case:
+    """Logits of ``channels`` classes, which are fp32 in both dtypes."""
+    logits = operands.held(torch.randn(op.batch, op.channels), torch.float32)
+    label = (torch.arange(op.batch) % op.channels).to(operands.device)
+    return Case(
+        (logits, label),
+        reference.class_cotangents,
+        lambda backend: lambda: class_cotangents(logits, label, backend=backend),
+        2e-5,
+    )
+
+
 def _solver_tensors(op: Op, operands: _Operands) -> tuple[Tensor, ...]:
     shape = (op.batch, op.channels, op.height, op.width)
     state = torch.float32
@@ -277,6 +324,9 @@ _CASES: dict[str, Callable[[Op, _Operands], Case]] = {
     "tap_norm": _tap_norm,
     "tap_fuse": _tap_fuse,
     "tap_path": _tap_path,
+    "bias_add": _bias_add,
+    "edm_inputs": _edm_inputs,
+    "class_cotangents": _class_cotangents,
     "solver_step": _solver_step,
     "solver_step_without_noise": lambda op, operands: _solver_step(op, operands, noisy=False),
     "normals": _normals,

@@ -239,9 +239,12 @@ _TAPS = (
     ((208, 20, 16), 112, True),
     ((256, 10, 8), 112, True),
 )
-# a normalised log-Mel
+# a normalised log-Mel, and logits of ten digits
 _SAMPLE = (1, 80, 64)
+_LOGITS = (10, 1, 1)
 OP_BACKENDS = ("eager", "native", "triton")
+# what exists for a GPU's sake
+GPU_BACKENDS = ("eager", "triton")
 
 
 def _ops() -> Iterator[Op]:
@@ -255,6 +258,10 @@ def _ops() -> Iterator[Op]:
             yield from (Op(batch, b, op, *shape, **more) for b in OP_BACKENDS)
         for op in ("solver_step", "solver_step_without_noise", "normals"):
             yield from (Op(batch, b, op, *_SAMPLE) for b in OP_BACKENDS)
+        for shape in _NORMS:
+            yield from (Op(batch, b, "bias_add", *shape) for b in GPU_BACKENDS)
+        for op, shape in (("edm_inputs", _SAMPLE), ("class_cotangents", _LOGITS)):
+            yield from (Op(batch, b, op, *shape) for b in GPU_BACKENDS)
 
 
 def _steps() -> Iterator[Step]:
