@@ -1,4 +1,4 @@
-"""bias_add, edm_inputs and class_cotangents, which a GPU's step has, against eager and torch.compile.
+"""bias_add, edm_inputs and class_cotangents, for a GPU, against eager PyTorch and torch.compile.
 
 pytest bench/bench_gpu_glue.py --benchmark-only --device cuda [--benchmark-json FILE]
 """

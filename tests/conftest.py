@@ -5,6 +5,7 @@ import interpreter  # before anything brings Triton
 # isort: split
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if interpreter.used_by(getattr(item, "module", None)):
                 item.add_marker(pytest.mark.gpu)
+
+
+# processes that the whole suite takes at most: each holds PyTorch, about a GB
+_MOST_PROCESSES = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Give the whole suite as many processes as there are cores; a part of it runs in this one.
+
+    Tests compute with one thread each. ``-n 0`` runs all of them one after the other.
+    """
+    options = config.option
+    # a worker is asked too
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not options.keyword
+    alone = options.collectonly or options.usepdb or options.markexpr != "not slow"
+    if whole and not alone and getattr(options, "numprocesses", 0) is None:
+        options.numprocesses = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(autouse=True)
