@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -148,14 +149,11 @@ def main() -> None:
         pairs = planned(args)
         for step, one in pairs:
             name = f"{one.name}/b{step.batch}"
-            if not stage.wants(name, seconds=0.0 if args.dry else 30.0):
-                continue
-            try:
-                stage.add(name, compare(step, one, stage.device, 3 if args.dry else None))
-            # one that cannot run takes no other with it
-            except (RuntimeError, ValueError, MemoryError) as error:
-                stage.add(name, {"failed": f"{type(error).__name__}: {str(error)[:500]}"})
-            print(name, summary(stage.rows[name]), flush=True)
+            rounds, seconds = (3, 0.0) if args.dry else (None, 30.0)
+            run = functools.partial(compare, step, one, stage.device, rounds)
+            row = stage.measure(name, run, seconds)
+            if row is not None:
+                print(name, summary(row), flush=True)
         stage.finish(len(pairs))
 
 

@@ -147,14 +147,9 @@ def main() -> None:
     with Stage.open("serving", args) as stage:
         rows = list(work(args, stage))
         for name, run in rows:
-            if not stage.wants(name, seconds=20.0 if not args.dry else 0.0):
-                continue
-            try:
-                stage.add(name, run())
-            # a row that cannot run takes no other with it
-            except (RuntimeError, ValueError, MemoryError) as error:
-                stage.add(name, {"failed": f"{type(error).__name__}: {str(error)[:500]}"})
-            print(name, summary(stage.rows[name]), flush=True)
+            row = stage.measure(name, run, 0.0 if args.dry else 20.0)
+            if row is not None:
+                print(name, summary(row), flush=True)
         stage.finish(len(rows))
 
 

@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -91,6 +91,22 @@ class Stage:
         """Keep a row; it is on the disk when this returns."""
         self.rows[row] = figures
         self._write()
+
+    def measure(
+        self, row: str, run: Callable[[], dict[str, Any]], seconds: float = 0.0
+    ) -> dict[str, Any] | None:
+        """Measure a row that is wanted and keep it; None where it is not, or no time is left.
+
+        One that cannot run is kept as failed, and takes no other with it.
+        """
+        if not self.wants(row, seconds):
+            return None
+        try:
+            self.add(row, run())
+        # Triton's errors are of no common kind
+        except Exception as error:
+            self.add(row, {"failed": f"{type(error).__name__}: {str(error)[:500]}"})
+        return self.rows[row]
 
     def finish(self, expected: int | None = None) -> None:
         """Say that all rows are there; fewer than ``expected`` leave the stage partial."""

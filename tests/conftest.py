@@ -5,9 +5,11 @@ import interpreter  # before anything brings Triton
 # isort: split
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -73,6 +75,14 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no recordings at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def bench() -> Callable[[str], ModuleType]:
+    """Imports a script of bench/ by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).resolve().parents[1] / "bench")
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,22 @@ def test_a_failed_row_is_a_failed_stage(stage, tmp_path):
     assert json.loads(out.read_text())["status"] == "failed"
 
 
+def test_a_row_that_cannot_run_takes_no_other_with_it(stage, tmp_path):
+    class OddError(Exception):
+        """Of no common kind."""
+
+    def broken():
+        raise OddError("no such thing")
+
+    with stage.Stage.open("ops", arguments(tmp_path / "ops.json")) as one:
+        assert one.measure("bad", broken) == {"failed": "OddError: no such thing"}
+        assert one.measure("good", lambda: {"seconds": 1.0}) == {"seconds": 1.0}
+        assert one.measure("good", broken) is None
+        assert one.measure("long", broken, seconds=1e6) is None
+        one.finish(2)
+    assert one.values["status"] == "failed"
+
+
 def test_rows_without_time_left_are_left_out(stage, tmp_path):
     one = stage.Stage.open("ops", arguments(tmp_path / "ops.json", minutes=0.5))
     assert one.wants("short", seconds=5)

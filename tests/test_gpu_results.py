@@ -1,12 +1,9 @@
 """Results of the GPU campaign: put together, set against the goals, and shown."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
 RECORD = {
     "commit": {"id": "0123456789abcdef", "dirty": False},
     "versions": {"torch": "2.11.0"},
@@ -16,13 +13,6 @@ RECORD = {
     "load": [0.5, 0, 0],
     "warnings": [],
 }
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The GPU campaign's runner: limits, results that are whole at any moment, going on, bad calls."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,13 +13,6 @@ import pytest
 from fastscore.measure.workloads import chosen
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,8 @@
 """docs/results.md from result files: every row there, what is missing named, ratios right."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "bench")
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")
