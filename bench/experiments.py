@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastscore_kernels import resolve
 from fastscore_kernels.gpu import launch
 from stage import Stage, parser
 
@@ -134,8 +135,8 @@ def arguments() -> argparse.Namespace:
 def planned(args: argparse.Namespace) -> list[tuple[Step, Experiment]]:
     """Pairs of a step and an experiment, in order of importance."""
     if args.dry:
-        # nothing to record here: the step of the shipped model, the reference against native
-        step = Step(1, "native", "digits", "eager", "fp32", guided=True)
+        # nothing to record here: the step of the shipped model, the reference against the best
+        step = Step(1, resolve(None, "cpu"), "digits", "eager", "fp32", guided=True)
         return [(step, Experiment("reference", 1.3, "dry run", backend="reference", mode="eager",
                                   precision="fp32"))]  # fmt: skip
     chosen = [e for e in EXPERIMENTS if not args.only or e.name in args.only]

@@ -73,7 +73,7 @@ def steps(batch: int, *options: str) -> Command:
         words = ["-m", "fastscore", "bench", "step", "--out", str(result), "--quiet"]
         words += ["--device", place.device, *options]
         if place.dry:
-            only = [f"step/digits/b{min(batch, 8)}/guided/native"]
+            only = [f"step/digits/b{min(batch, 8)}/guided/reference"]
             words += ["--rounds", "2"]
         else:
             only = [f"step/*paper*/b{batch}/guided/{way}" for way in WAYS]

@@ -9,16 +9,16 @@ validation and export, and writes that to FOLDER/plan.json; a later call with th
 on with its state, to the same schedule. Every call ends before its --minutes are over.
 
 It needs soundfile, lightning_fabric, filelock and tensorboard. A machine without a network lacks
-the first, and may lack the second: their wheels (1.4 MB, and pure Python) are carried and lie on
-PYTHONPATH. Recordings come as parcels (bench/parcels.py), weights leave as shards
-(bench/artifacts.py). --device cpu --dry trains small networks for six steps.
+the first and what that stands on (cffi), and may lack the second: their wheels (2 MB in all) are
+carried and lie on PYTHONPATH. Recordings come as parcels (bench/parcels.py), weights leave as
+shards (bench/artifacts.py). --device cpu --dry trains small networks for six steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
+import importlib
 import os
 import sys
 import tempfile
@@ -52,11 +52,19 @@ WARM_UP, SECONDS = 8, 15.0
 
 
 def check_packages(names: tuple[str, ...] = NEEDED) -> None:
-    """ValueError, before a minute is spent, where a package that training needs is missing."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    """ValueError, before a minute is spent, where a package that training needs is missing.
+
+    Imported they are: a package may be there without what it stands on itself.
+    """
+    missing = []
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError) as error:
+            missing.append(f"{name} ({error})")
     if missing:
         raise ValueError(
-            f"{', '.join(missing)} cannot be imported here; carry their wheels, install them with "
+            f"{', '.join(missing)} cannot be imported here; carry the wheels, install them with "
             "pip --no-index --target FOLDER, and put FOLDER on PYTHONPATH"
         )
 
