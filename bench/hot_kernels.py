@@ -38,6 +38,7 @@ from fastscore.measure.subjects import build, step_arguments
 from fastscore.measure.timing import Stopwatch
 from fastscore.measure.workloads import EAGER, GRAPHS
 from fastscore.profiler import events
+from fastscore.stacked import stack
 
 CPU = torch.device("cpu")
 # replays that are traced, and rounds that are timed without the profiler
@@ -86,6 +87,7 @@ def predicted(model: str, batch: int, device: torch.device) -> dict[str, Any]:
     with nodes.imagined():
         nodes.move(net)
         set_backend(net, "triton")
+        stack(net)
         given = [torch.empty(t.shape, dtype=t.dtype, device=nodes.DEVICE) for t in arguments]
         return told(nodes.predicted(lambda: net(*given), arch))
 
