@@ -74,6 +74,7 @@ from fastscore.engine.compiled import CompiledDenoiser  # noqa: E402
 from fastscore.layers import set_backend  # noqa: E402
 from fastscore.measure import nodes  # noqa: E402
 from fastscore.measure.models import MODELS  # noqa: E402
+from fastscore.stacked import stack  # noqa: E402
 
 
 class Written:
@@ -110,6 +111,7 @@ def compiled(name: str, precision: str, guided: bool) -> tuple[Written, dict[str
     with nodes.imagined(), fp32_products(nodes.DEVICE, tf32=precision == "tf32"):
         nodes.move(net)
         set_backend(net, "triton")
+        stack(net)
         denoise = CompiledDenoiser(net, nodes.DEVICE)
         for _ in range(2):
             x, sigma, gamma = (torch.empty(s, device=nodes.DEVICE) for s in (shape, (1,), (1,)))
