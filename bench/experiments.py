@@ -73,6 +73,10 @@ EXPERIMENTS = (
         around=unsplit_norms,
     ),
     Experiment(
+        *("early-launches", 0.92, "70 of our kernels follow another of ours, 0.7 us sooner each"),
+        around=functools.partial(launch.early, True),
+    ),
+    Experiment(
         *("compiled-graphs", 0.97, "of 220 nodes only a dozen are left for a compiler to fuse"),
         mode="compiled-graphs",
     ),

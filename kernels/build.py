@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", action="append", type=_positive, help="a batch size (default: 1, 8, 64)"
     )
+    parser.add_argument(
+        "--early", action="store_true", help="as launched before the one ahead has ended; sm_90 on"
+    )
     parser.add_argument("--report", action="store_true", help="print one line a kernel")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument(
@@ -105,6 +108,7 @@ def _default_cache() -> Path:
 
 def _request(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
     from fastscore_kernels.gpu import shapes
+    from fastscore_kernels.gpu.launch import EARLY
 
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"--json {options.json}: its folder does not exist; create it first")
@@ -116,8 +120,13 @@ def _request(parser: argparse.ArgumentParser, options: argparse.Namespace) -> di
         parser.error(f"--cache-dir {options.cache_dir} cannot be made: {error.strerror}")
     if not os.access(options.cache_dir, os.W_OK):
         parser.error(f"--cache-dir {options.cache_dir} cannot be written to; choose another")
+    able = [a for a in ARCHS if a in EARLY] if options.early else list(ARCHS)
+    for arch in options.arch or ():
+        if arch not in able:
+            parser.error(f"--early: {arch} cannot launch kernels early; {' and '.join(able)} can")
     return {
-        "archs": options.arch or list(ARCHS),
+        "archs": options.arch or able,
+        "early": options.early,
         "ops": options.op or list(_ops()),
         "presets": options.preset or list(shapes.CLASSIFIERS),
         "dtypes": options.dtype or list(shapes.DTYPES),
@@ -156,7 +165,7 @@ def build(request: dict[str, Any], jobs: int) -> list[dict[str, Any]]:
 
 
 def problems(report: dict[str, Any]) -> list[str]:
-    """What keeps a kernel from being accepted: an error, a spill, too much shared memory."""
+    """What keeps a kernel from being accepted: an error, spills, shared memory, haste."""
     from fastscore_kernels.gpu.launch import SHARED_MEMORY
 
     name = f"{report['arch']} {report['kernel']} ({report['label']})"
@@ -168,6 +177,8 @@ def problems(report: dict[str, Any]) -> list[str]:
     limit = SHARED_MEMORY[report["arch"]]
     if report["shared"] > limit:
         found.append(f"{name}: {report['shared']} bytes of shared memory, {limit} at most")
+    if report["unwaited"]:
+        found.append(f"{name}: {report['unwaited']} accesses before it waits for the one ahead")
     return found
 
 

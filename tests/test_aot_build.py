@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from fastscore_kernels import build
-from fastscore_kernels.gpu import cases, shapes
+from fastscore_kernels.gpu import aot, cases, shapes
 
 from fastscore import config
 
@@ -26,6 +26,7 @@ def request(cache, **values):
         "dtypes": list(shapes.DTYPES),
         "batches": list(shapes.BATCHES),
         "cache": str(cache),
+        "early": False,
     }
     return {**everything, **values}
 
@@ -73,6 +74,17 @@ def test_a_sample_of_kernels_fits_a_chip(tmp_path):
     assert build.build(wanted, 1) == first
 
 
+def test_kernels_launched_early_touch_no_memory_before_they_have_waited(tmp_path):
+    wanted = request(tmp_path, archs=["sm_90"], batches=[1], presets=["paper"], early=True)
+    reports = build.build({**wanted, "dtypes": ["bfloat16"]}, 2)
+    check(reports)
+    assert {r["unwaited"] for r in reports} == {0}
+    assert len({r["kernel"] for r in reports}) == 22
+    # that it would be noticed
+    assert aot._unwaited(["S2R", "LDG.E", "LDS.128", "ACQBULK", "STG.E"]) == 1
+    assert aot._unwaited(["LDG.E", "STG.E.128", "EXIT"]) == 2
+
+
 def test_the_command_reports_and_writes_what_it_built(tmp_path):
     wanted = ("--arch", "sm_80", "--op", "tap_fuse", "--preset", "tiny", "--dtype", "bfloat16")
     file = tmp_path / "figures.json"
@@ -101,10 +113,12 @@ def test_the_command_reports_and_writes_what_it_built(tmp_path):
 
 def test_a_kernel_that_does_not_fit_is_a_problem():
     report = {"arch": "sm_80", "kernel": "k", "label": "l", "spills": 0, "shared": 163 * 1024}
+    report["unwaited"] = None
     assert build.problems(report) == []
     assert build.problems({**report, "arch": "sm_90", "shared": 227 * 1024}) == []
     assert "shared memory" in build.problems({**report, "shared": 163 * 1024 + 1})[0]
     assert "3 spill" in build.problems({**report, "spills": 3})[0]
+    assert "2 accesses before it waits" in build.problems({**report, "unwaited": 2})[0]
     assert "does not compile: x" in build.problems({**report, "error": "x"})[0]
 
 
@@ -116,6 +130,7 @@ def test_a_kernel_that_does_not_fit_is_a_problem():
         (["--jobs", "many"], "'many'"),
         (["--json", "/nowhere/x.json"], "/nowhere"),
         (["--cache-dir", "/proc/x"], "/proc/x"),
+        (["--early", "--arch", "sm_80"], "sm_80"),
         (["--frobnicate"], "--frobnicate"),
     ],
 )

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from fastscore_kernels.gpu.launch import early
 from small_presets import write_preset
 
 from fastscore import Pipeline
@@ -79,6 +80,20 @@ def test_replays_have_the_bits_of_direct_drawing(direct, graphs, sampler, watche
     assert bool(seen) == watched
     # labels, samplers and programs are many, and none of them compiles anything anew
     assert graphs.stats()["recompilations"] == direct.stats()["recompilations"] == 0
+
+
+def test_kernels_that_begin_before_the_last_has_ended_give_the_same_bits(folder, direct, mode):
+    if mode != "graphs" or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("only our own launches, on chips from sm_90, can begin early")
+    with early(True):
+        pipe = pipeline(folder, mode=mode, buckets=(8,))
+        expected, found = (
+            [p.sample([*LABELS, None, "yes", "no"], nfe=5, batch_size=8, seed=s) for s in range(20)]
+            for p in (direct, pipe)
+        )
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.mels, b.mels)
+        assert torch.equal(a.waves, b.waves)
 
 
 def test_compiled_clips_are_close_to_eager_ones(eager, direct, graphs):

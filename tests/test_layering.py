@@ -48,15 +48,15 @@ fastscore_kernels.gpu.interpreting   triton |
 fastscore_kernels.gpu.launch         torch triton kernels.gpu.interpreting |
 fastscore_kernels.gpu.attention      torch triton kernels.gpu.common kernels.gpu.launch |
 fastscore_kernels.gpu.plans          torch kernels.gpu.launch |
-fastscore_kernels.gpu.bias_add       torch triton kernels.gpu.launch |
-fastscore_kernels.gpu.class_cotangents torch triton kernels.gpu.launch |
-fastscore_kernels.gpu.edm_inputs     torch triton kernels.gpu.exact kernels.gpu.launch |
+fastscore_kernels.gpu.bias_add       torch triton kernels.gpu.common kernels.gpu.launch |
+fastscore_kernels.gpu.class_cotangents torch triton kernels.gpu.common kernels.gpu.launch |
+fastscore_kernels.gpu.edm_inputs     torch triton kernels.gpu.common kernels.gpu.exact kernels.gpu.launch |
 fastscore_kernels.gpu.norm_act_backward torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.plans |
 fastscore_kernels.gpu.norm_act       torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.norm_act_backward kernels.gpu.plans |
 fastscore_kernels.gpu.shapes          |
-fastscore_kernels.gpu.solver_step    torch triton kernels.gpu.exact kernels.gpu.launch |
+fastscore_kernels.gpu.solver_step    torch triton kernels.gpu.common kernels.gpu.exact kernels.gpu.launch |
 fastscore_kernels.gpu.tap_fuse_backward torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch |
-fastscore_kernels.gpu.tap_fuse       torch triton kernels.gpu.attention kernels.gpu.launch kernels.gpu.tap_fuse_backward |
+fastscore_kernels.gpu.tap_fuse       torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch kernels.gpu.tap_fuse_backward |
 fastscore_kernels.gpu.tap_norm       torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.plans |
 fastscore_kernels.gpu.tap_path_parts torch triton kernels.gpu.common kernels.gpu.launch kernels.gpu.tap_norm |
 fastscore_kernels.gpu.tap_path_all   torch triton kernels.gpu.attention kernels.gpu.common kernels.gpu.launch kernels.gpu.plans kernels.gpu.tap_norm kernels.gpu.tap_path_parts |

@@ -20,12 +20,14 @@ from typing import Any
 
 import triton
 from fastscore_kernels.gpu.cases import Case, cases
-from fastscore_kernels.gpu.launch import DEVICES, Launch, record
+from fastscore_kernels.gpu.launch import DEVICES, Launch, early, record
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MEMORY = re.compile(r"(LD|ST|LDG|STG|LDGSTS|ATOM|ATOMG|RED|REDG|UTMA\w+)(\.|$)")
+_WAIT = "ACQBULK"
 _TENSOR = re.compile(r"(HMMA|HGMMA|IMMA|DMMA|QGMMA|UTC\w*MMA)")
 
 
@@ -53,6 +55,8 @@ class Report:
 
     spills counts instructions that store to or load from local memory; loads those from global
     memory, wide_loads those of 16 bytes; tensor the tensor-core instructions. shared is in bytes.
+    unwaited counts accesses to memory ahead of the wait for the kernel before, where one is
+    launched early; None where it is not.
     """
 
     kernel: str
@@ -70,13 +74,14 @@ class Report:
     fused_fp32: int
     fused_fp64: int
     instructions: int
+    unwaited: int | None
 
 
-def units(arch: str, chosen: Iterator[Case]) -> list[Unit]:
+def units(arch: str, chosen: Iterator[Case], launched_early: bool = False) -> list[Unit]:
     """Distinct compilations of the given cases, each once, in order."""
     found: dict[str, Unit] = {}
     for case in chosen:
-        with record(DEVICES[arch]) as launches:
+        with record(DEVICES[arch]) as launches, early(launched_early):
             case.call()
         for launch in launches:
             unit = specialise(launch, arch, f"{case.op} {case.label}")
@@ -120,7 +125,8 @@ def inspect(compiled: Any, unit: Unit, arch: str) -> Report:
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
-    names = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.M))
+    listing = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.M)
+    names = Counter(listing)
 
     def count(*starts: str, wide: bool = False) -> int:
         return sum(
@@ -145,8 +151,15 @@ def inspect(compiled: Any, unit: Unit, arch: str) -> Report:
         wide_stores=count("STG", wide=True),
         fused_fp32=len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", ptx)),
         fused_fp64=len(re.findall(r"\bfma\.rn\.f64", ptx)),
-        instructions=sum(names.values()),
+        instructions=len(listing),
+        unwaited=_unwaited(listing) if compiled.metadata.launch_pdl else None,
     )
+
+
+def _unwaited(listing: list[str]) -> int:
+    """Accesses to memory before the first wait for the kernel ahead, or of all if there is none."""
+    waits = listing.index(_WAIT) if _WAIT in listing else len(listing)
+    return sum(_MEMORY.match(name) is not None for name in listing[:waits])
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -167,7 +180,9 @@ def work(request: dict[str, Any]) -> None:
     cache = Path(request["cache"])
     chosen = {name: tuple(request[name]) for name in ("ops", "presets", "dtypes", "batches")}
     everything = [
-        (arch, unit) for arch in request["archs"] for unit in units(arch, cases(**chosen))
+        (arch, unit)
+        for arch in request["archs"]
+        for unit in units(arch, cases(**chosen), request["early"])
     ]
     for arch, unit in everything[request["part"] :: request["parts"]]:
         try:

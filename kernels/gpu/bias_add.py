@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastscore_kernels.gpu.common import begin
 from fastscore_kernels.gpu.launch import ceil_div, choose, device_of, is_last, launch, like
 from torch import Tensor
 
@@ -26,8 +27,10 @@ def bias_add_kernel(
     BAND: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One stretch of BLOCK elements as they lie in memory."""
+    begin(DEPENDENT)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     if LAST:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastscore_kernels.gpu.common import begin
 from fastscore_kernels.gpu.launch import launch, power_of_two
 from torch import Tensor
 
 
 @triton.jit
 def class_cotangents_kernel(
-    logits, label, label_stride, out, batch, K: tl.constexpr, BLOCK_K: tl.constexpr
+    logits,
+    label,
+    label_stride,
+    out,
+    batch,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program a sample: softmax, then what is left of it to one where the label is."""
+    begin(DEPENDENT)
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     known = k < K

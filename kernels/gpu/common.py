@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # whether kernels run under Triton's interpreter: read once, as triton itself does when it decorates
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def begin(DEPENDENT: tl.constexpr):
+    """To be the first thing a kernel does: the one before it may not have ended yet.
+
+    DEPENDENT: it was launched early (programmatic dependent launch). It waits until all that came
+    before is in memory, and has let the next one be launched, which waits in its turn.
+    """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

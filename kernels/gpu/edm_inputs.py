@@ -7,6 +7,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from fastscore_kernels.gpu.common import begin
 from fastscore_kernels.gpu.exact import circle
 from fastscore_kernels.gpu.launch import ceil_div, choose, device_of, launch, power_of_two
 from torch import Tensor
@@ -39,8 +40,10 @@ def edm_inputs_kernel(
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One stretch of one sample's patches; a sample's first program writes the rest as well."""
+    begin(DEPENDENT)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     level = tl.load(sigma + b * sigma_stride)

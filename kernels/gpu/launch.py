@@ -45,6 +45,10 @@ DEVICES = {
 # shared memory that one program may have, in bytes
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 _INTERPRETER = Device("interpreter", 8)
+# architectures that can launch a kernel before the one ahead of it has ended, and those where it is
+# done unasked: none, until one has been measured
+EARLY = ("sm_90", "sm_100")
+EARLY_UNASKED: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,16 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 _overrides: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("overrides", default={})  # noqa: B039
 _visible: ContextVar[bool] = ContextVar("visible", default=False)
 _choices: ContextVar[list[Choice] | None] = ContextVar("choices", default=None)
+_early: ContextVar[bool | None] = ContextVar("early", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run ``kernel`` over ``grid``; inside ``record`` only note that it would run."""
     recording = _recording.get()
+    # the compiler orders its launches itself, and wants every argument named
+    options["DEPENDENT"] = not _visible.get() and _launched_early(args[0])
+    if options["DEPENDENT"]:
+        options["launch_pdl"] = True
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, args, options))
     elif _visible.get() and not isinstance(kernel, InterpretedFunction):
@@ -93,6 +102,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         # Triton launches on the current device, whatever device its arguments are on
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **options)
+
+
+def _launched_early(x: Tensor) -> bool:
+    wanted = _early.get()
+    if wanted is None:
+        return bool(EARLY_UNASKED) and device_of(x).arch in EARLY_UNASKED
+    if wanted and device_of(x).arch not in EARLY:
+        raise ValueError(
+            f"kernels cannot be launched early on {device_of(x).arch}; {' and '.join(EARLY)} can"
+        )
+    return wanted
+
+
+@contextmanager
+def early(wanted: bool) -> Iterator[None]:
+    """Launch kernels inside before the one ahead has ended, or do not, whatever the device.
+
+    Programmatic dependent launch: a kernel is brought to the processors while the last programs of
+    the one before it run, and waits there until all they wrote is in memory. Graphs keep how their
+    kernels were launched. A launch is a ValueError on a device that cannot.
+    """
+    token = _early.set(wanted)
+    try:
+        yield
+    finally:
+        _early.reset(token)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from fastscore_kernels.gpu.common import (
     at_position,
+    begin,
     channel_moments,
     combine_moments,
     finish_moments,
@@ -61,8 +62,10 @@ def norm_act_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program a sample and bundle of groups; WHOLE: its numbers stay in registers."""
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     program = tl.program_id(0)
     b = (program // (G // BUNDLE)).to(tl.int64)
@@ -125,8 +128,10 @@ def norm_act_partial_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Moments of one stretch of positions: partial [B, splits, 2, G] (mean, squares)."""
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -176,8 +181,10 @@ def norm_act_apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Normalise one stretch of positions, given the moments of all of them."""
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

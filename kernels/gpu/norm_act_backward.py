@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from fastscore_kernels.gpu.common import (
     at_position,
+    begin,
     gather,
     load_affine,
     load_pre_bias,
@@ -103,8 +104,10 @@ def norm_act_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program a cotangent and bundle of groups; WHOLE: its numbers stay in registers."""
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     program = tl.program_id(0)
     row = (program // (G // BUNDLE)).to(tl.int64)
@@ -178,12 +181,14 @@ def norm_act_backward_partial_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Sums over one stretch of positions, for each channel and for each group.
 
     channel_sums [rows, splits, 2, C] of dz and dz * xhat, group_sums [rows, splits, 2, G] of dxhat
     and dxhat * xhat.
     """
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -262,8 +267,10 @@ def norm_act_backward_apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Cotangent of one stretch; one more program a row adds up the channel sums beside them."""
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastscore_kernels.gpu.common import begin
 from fastscore_kernels.gpu.exact import draw_normals, product32
 from fastscore_kernels.gpu.launch import ceil_div, choose, device_of, launch
 from torch import Tensor
@@ -29,8 +30,10 @@ def solver_step_kernel(
     OLD: tl.constexpr,
     NOISE: tl.constexpr,
     QUADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One stretch of 4 QUADS elements of one sample."""
+    begin(DEPENDENT)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * QUADS
     j = first * 4 + tl.arange(0, 4 * QUADS)
@@ -60,8 +63,20 @@ def solver_step_kernel(
 
 
 @triton.jit
-def normals_kernel(seeds, samples, steps, draw, out, batch, size, blocks, QUADS: tl.constexpr):
+def normals_kernel(
+    seeds,
+    samples,
+    steps,
+    draw,
+    out,
+    batch,
+    size,
+    blocks,
+    QUADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
     """4 QUADS normals of one step and sample of out [S, B, size]."""
+    begin(DEPENDENT)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks) * QUADS
     b = row % batch

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from fastscore_kernels.gpu.attention import LOG2_E, attend, own_position_weights, plan_attention
+from fastscore_kernels.gpu.common import begin
 from fastscore_kernels.gpu.launch import ceil_div, launch, like, power_of_two
 from fastscore_kernels.gpu.tap_fuse_backward import tap_fuse_backward
 from torch import Tensor
@@ -29,8 +30,10 @@ def own_position_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """BLOCK_R positions, of any sample."""
+    begin(DEPENDENT)
     D: tl.constexpr = C // HEADS
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None, None]
     h = tl.arange(0, BLOCK_H)[None, :, None]
@@ -63,8 +66,10 @@ def all_positions_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """BLOCK_M queries of one sample and head."""
+    begin(DEPENDENT)
     D: tl.constexpr = C // HEADS
     program = tl.program_id(0)
     head = (program // tiles) % HEADS

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from fastscore_kernels.gpu.attention import LOG2_E, attend, own_position_weights, plan_attention
-from fastscore_kernels.gpu.common import dot
+from fastscore_kernels.gpu.common import begin, dot
 from fastscore_kernels.gpu.launch import ceil_div, launch, like, power_of_two
 from torch import Tensor
 
@@ -34,8 +34,10 @@ def own_position_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """BLOCK_R positions, of any sample."""
+    begin(DEPENDENT)
     D: tl.constexpr = C // HEADS
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None, None]
     h = tl.arange(0, BLOCK_H)[None, :, None]
@@ -116,8 +118,10 @@ def queries_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Cotangent of BLOCK_M queries, and softmax [B, HEADS, 2, N] fp32 (normaliser, delta)."""
+    begin(DEPENDENT)
     D: tl.constexpr = C // HEADS
     program = tl.program_id(0)
     head = (program // tiles) % HEADS
@@ -171,8 +175,10 @@ def keys_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Cotangents of BLOCK_N keys and values of one tap, sample and head."""
+    begin(DEPENDENT)
     D: tl.constexpr = C // HEADS
     program = tl.program_id(0)
     head = (program // tiles) % HEADS

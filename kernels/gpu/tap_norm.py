@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from fastscore_kernels.gpu.common import (
+    begin,
     channel_moments,
     combine_moments,
     group_moments,
@@ -100,8 +101,10 @@ def tap_norm_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     FLAT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Both taps of one sample and bundle of groups."""
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     program = tl.program_id(0)
     b = (program // (G // BUNDLE)).to(tl.int64)
@@ -165,8 +168,10 @@ def tap_moments_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Moments of one stretch: partial [B, splits, 4, G] fp64, mean and squares of each tap."""
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -245,8 +250,10 @@ def tap_norm_apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Normalise one stretch of both taps; BLOCK_G holds all groups, of which BUNDLE are ours."""
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastscore_kernels.gpu.attention import LOG2_E, attend
-from fastscore_kernels.gpu.common import dot
+from fastscore_kernels.gpu.common import begin, dot
 from fastscore_kernels.gpu.launch import ceil_div, device_of, launch, power_of_two
 from fastscore_kernels.gpu.plans import plan_taps
 from fastscore_kernels.gpu.tap_norm import moments, tap_statistics
@@ -65,12 +65,14 @@ def project_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One tile of projected [B, N, 7, W]; KNOWN: the moments are in ``partial``.
 
     Seven parts: query, keys, values and residual of the feature, then keys, values and residual of
     the gradient.
     """
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     dtype: tl.constexpr = feature.dtype.element_ty
     program = tl.program_id(0)
@@ -130,8 +132,10 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Attention over all positions of both taps, output projection and residual for BLOCK_M."""
+    begin(DEPENDENT)
     D: tl.constexpr = W // HEADS
     dtype: tl.constexpr = out.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastscore_kernels.gpu.common import dot
+from fastscore_kernels.gpu.common import begin, dot
 from fastscore_kernels.gpu.launch import ceil_div, device_of, launch, power_of_two
 from fastscore_kernels.gpu.plans import plan_taps
 from fastscore_kernels.gpu.tap_norm import moments, tap_statistics
@@ -67,11 +67,13 @@ def own_path_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """From taps to output for BLOCK_M positions of one sample, each attending to its own tokens.
 
     KNOWN: the moments are in ``partial``.
     """
+    begin(DEPENDENT)
     CPG: tl.constexpr = C // G
     D: tl.constexpr = W // HEADS
     dtype: tl.constexpr = feature.dtype.element_ty
