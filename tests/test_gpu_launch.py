@@ -59,33 +59,19 @@ def test_launches_are_recorded_and_not_made(monkeypatch):
 def test_launches_are_early_where_asked_for_and_possible():
     x, weight = activation(1, 8, 2, 2), torch.ones(8)
     given = (x, weight, weight, None, 2, True, 1e-5, None)
-    for wanted in (None, False, True):
-        with launch.record(launch.DEVICES["sm_90"]) as launches:
-            if wanted is None:
+    with launch.record(launch.DEVICES["sm_90"]) as launches:
+        norm_act(*given)
+        for wanted in (False, True):
+            with launch.early(wanted):
                 norm_act(*given)
-            else:
-                with launch.early(wanted):
-                    norm_act(*given)
-        (one,) = launches
-        assert one.options["DEPENDENT"] is bool(wanted)
-        assert one.options.get("launch_pdl", False) is bool(wanted)
+    assert [one.options["DEPENDENT"] for one in launches] == [False, False, True]
+    assert [one.options.get("launch_pdl", False) for one in launches] == [False, False, True]
     with (
         launch.record(launch.DEVICES["sm_80"]),
         launch.early(True),
         pytest.raises(ValueError, match="cannot be launched early on sm_80; sm_90 and sm_100 can"),
     ):
         norm_act(*given)
-
-
-def test_a_chip_may_have_launches_early_unasked(monkeypatch):
-    monkeypatch.setattr(launch, "EARLY_UNASKED", frozenset({"sm_90"}))
-    x, weight = activation(1, 8, 2, 2), torch.ones(8)
-    found = {}
-    for arch in ("sm_80", "sm_90"):
-        with launch.record(launch.DEVICES[arch]) as launches:
-            norm_act(x, weight, weight, None, 2, True, 1e-5, None)
-        found[arch] = launches[0].options.get("launch_pdl", False)
-    assert found == {"sm_80": False, "sm_90": True}
 
 
 def test_a_table_replaces_the_rule(tmp_path, monkeypatch):

@@ -45,10 +45,8 @@ DEVICES = {
 # shared memory that one program may have, in bytes
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 _INTERPRETER = Device("interpreter", 8)
-# architectures that can launch a kernel before the one ahead of it has ended, and those where it is
-# done unasked: none, until one has been measured
+# architectures that can launch a kernel before the one ahead of it has ended
 EARLY = ("sm_90", "sm_100")
-EARLY_UNASKED: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 _overrides: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("overrides", default={})  # noqa: B039
 _visible: ContextVar[bool] = ContextVar("visible", default=False)
 _choices: ContextVar[list[Choice] | None] = ContextVar("choices", default=None)
-_early: ContextVar[bool | None] = ContextVar("early", default=None)
+_early: ContextVar[bool] = ContextVar("early", default=False)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -106,8 +104,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 def _launched_early(x: Tensor) -> bool:
     wanted = _early.get()
-    if wanted is None:
-        return bool(EARLY_UNASKED) and device_of(x).arch in EARLY_UNASKED
     if wanted and device_of(x).arch not in EARLY:
         raise ValueError(
             f"kernels cannot be launched early on {device_of(x).arch}; {' and '.join(EARLY)} can"
@@ -117,7 +113,7 @@ def _launched_early(x: Tensor) -> bool:
 
 @contextmanager
 def early(wanted: bool) -> Iterator[None]:
-    """Launch kernels inside before the one ahead has ended, or do not, whatever the device.
+    """Launch kernels inside before the one ahead has ended, where ``wanted``.
 
     Programmatic dependent launch: a kernel is brought to the processors while the last programs of
     the one before it run, and waits there until all they wrote is in memory. Graphs keep how their
