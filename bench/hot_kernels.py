@@ -31,14 +31,12 @@ from stage import Stage, parser
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastscore.denoiser import set_precision
-from fastscore.layers import set_backend
 from fastscore.measure import nodes, roofline, work
-from fastscore.measure.models import MODELS, prepared
+from fastscore.measure.models import MODELS, imagined, prepared
 from fastscore.measure.subjects import build, step_arguments
 from fastscore.measure.timing import Stopwatch
 from fastscore.measure.workloads import EAGER, GRAPHS
 from fastscore.profiler import events
-from fastscore.stacked import stack
 
 CPU = torch.device("cpu")
 # replays that are traced, and rounds that are timed without the profiler
@@ -85,9 +83,7 @@ def predicted(model: str, batch: int, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     with nodes.imagined():
-        nodes.move(net)
-        set_backend(net, "triton")
-        stack(net)
+        imagined(net)
         given = [torch.empty(t.shape, dtype=t.dtype, device=nodes.DEVICE) for t in arguments]
         return told(nodes.predicted(lambda: net(*given), arch))
 

@@ -15,9 +15,8 @@ from fastscore_kernels.gpu import launch, shapes
 from fastscore_kernels.gpu.launch import Choice, Device
 from problems import Problem, problems
 
-from fastscore.layers import set_backend
 from fastscore.measure import nodes
-from fastscore.measure.models import MODELS
+from fastscore.measure.models import MODELS, imagined
 from fastscore.measure.operations import case
 
 MOMENTS = "tap_path_moments"
@@ -92,8 +91,7 @@ def guided_step(
     """How often a guided step asks for each choice, by the names of tunables."""
     net = MODELS[model]().eval()
     with nodes.imagined():
-        nodes.move(net)
-        set_backend(net, "triton")
+        imagined(net)
         x = torch.empty(batch, 1, *net.shape, device=nodes.DEVICE)
         number = torch.empty(batch, device=nodes.DEVICE)
         label = torch.empty(batch, dtype=torch.int64, device=nodes.DEVICE)

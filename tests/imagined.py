@@ -25,12 +25,10 @@ from fastscore import solver
 from fastscore.denoiser import Denoiser, set_precision
 from fastscore.engine import Clips, Model, Task
 from fastscore.inpaint import Inpainting
-from fastscore.layers import set_backend
 from fastscore.measure import nodes
-from fastscore.measure.models import MODELS
+from fastscore.measure.models import MODELS, imagined
 from fastscore.presets import load_parts
 from fastscore.samplers import sampler_named, schedule_for
-from fastscore.stacked import stack
 from fastscore.vocoder import Generator
 from fastscore.voice import Voice
 
@@ -43,11 +41,8 @@ def imagined_voice(denoiser: Denoiser, vocoder: Generator, backend: str) -> Voic
     voice = Voice.__new__(Voice)
     voice.denoiser, voice.vocoder = denoiser.eval(), vocoder.eval()
     voice.device, voice.mel_config = nodes.DEVICE, vocoder.mel_config
-    nodes.move(voice.denoiser)
+    imagined(voice.denoiser, backend)
     nodes.move(voice.vocoder)
-    set_backend(voice.denoiser, backend)
-    if backend == "triton":
-        stack(voice.denoiser)
     return voice
 
 
@@ -102,9 +97,7 @@ def steps() -> dict[str, int]:
         net = MODELS[name]().eval()
         set_precision(net, "bf16")
         with nodes.imagined():
-            nodes.move(net)
-            set_backend(net, "triton")
-            stack(net)
+            imagined(net)
             x, one = (torch.empty(s, device=nodes.DEVICE) for s in ((1, 1, 80, 64), (1,)))
             label = torch.empty(1, dtype=torch.int64, device=nodes.DEVICE)
             args = (x, one, label, one) if guided else (x, one)

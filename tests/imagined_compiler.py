@@ -71,10 +71,8 @@ from torch._inductor.graph import GraphLowering  # noqa: E402
 from fastscore.denoiser import set_precision  # noqa: E402
 from fastscore.devices import fp32_products  # noqa: E402
 from fastscore.engine.compiled import CompiledDenoiser  # noqa: E402
-from fastscore.layers import set_backend  # noqa: E402
 from fastscore.measure import nodes  # noqa: E402
-from fastscore.measure.models import MODELS  # noqa: E402
-from fastscore.stacked import stack  # noqa: E402
+from fastscore.measure.models import MODELS, imagined  # noqa: E402
 
 
 class Written:
@@ -109,9 +107,7 @@ def compiled(name: str, precision: str, guided: bool) -> tuple[Written, dict[str
     written = Written()
     GraphLowering.compile_to_module = lambda graph: written.module(graph)
     with nodes.imagined(), fp32_products(nodes.DEVICE, tf32=precision == "tf32"):
-        nodes.move(net)
-        set_backend(net, "triton")
-        stack(net)
+        imagined(net)
         denoise = CompiledDenoiser(net, nodes.DEVICE)
         for _ in range(2):
             x, sigma, gamma = (torch.empty(s, device=nodes.DEVICE) for s in (shape, (1,), (1,)))

@@ -151,7 +151,7 @@ fastscore.measure.nodes              torch kernels.registration | kernels.gpu.la
 fastscore.measure.roofline           torch .devices |
 fastscore.measure.work               torch .cost .denoiser .layers .measure.macs .measure.roofline .subnet .unet kernels.traffic |
 fastscore.measure.workloads          |
-fastscore.measure.models             torch .classifier .config .denoiser .layers .packed .presets .stacked .subnet .unet .vocoder |
+fastscore.measure.models             torch .classifier .config .denoiser .layers .measure.nodes .packed .presets .stacked .subnet .unet .vocoder |
 fastscore.measure.operations         torch kernels kernels.bias_add kernels.class_cotangents kernels.edm_inputs kernels.noise kernels.norm_act kernels.reference kernels.solver_step kernels.tap_fuse kernels.tap_norm kernels.tap_path kernels.traffic .measure.workloads |
 fastscore.measure.subjects           torch .denoiser .devices .engine .engine.compiled .engine.programs .measure.models .measure.operations .measure.workloads .pipeline .presets .samplers .vocoder |
 fastscore.measure.worker             torch .measure.provenance .measure.subjects .measure.suites .measure.timing .measure.workloads |

@@ -11,6 +11,7 @@ from fastscore.classifier import Classifier
 from fastscore.config import CLASSIFIERS, SUBNETS, UNETS, MelSpace, SigmaRange
 from fastscore.denoiser import Denoiser, GuidedUNet, TapDenoiser, set_precision
 from fastscore.layers import set_backend
+from fastscore.measure import nodes
 from fastscore.packed import obstacle, pack
 from fastscore.presets import load_parts
 from fastscore.stacked import stack
@@ -75,6 +76,15 @@ def prepared(
     if packed and backend == "native" and not obstacle(denoiser):
         pack(denoiser)
     if packed and backend == "triton":
+        stack(denoiser)
+    return denoiser
+
+
+def imagined(denoiser: Denoiser, backend: str = "triton") -> Denoiser:
+    """``denoiser``, rounded already, as a pipeline prepares it on a GPU; in `nodes.imagined`."""
+    nodes.move(denoiser)
+    set_backend(denoiser, backend)
+    if backend == "triton":
         stack(denoiser)
     return denoiser
 
