@@ -85,7 +85,8 @@ def predicted(model: str, batch: int, device: torch.device) -> dict[str, Any]:
     with nodes.imagined():
         imagined(net)
         given = [torch.empty(t.shape, dtype=t.dtype, device=nodes.DEVICE) for t in arguments]
-        return told(nodes.predicted(lambda: net(*given), arch))
+        found = nodes.predicted(lambda: net(*given), arch)
+        return told(found) | {"chained": found.chained}
 
 
 def told(launches: nodes.Launches) -> dict[str, Any]:

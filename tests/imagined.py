@@ -90,8 +90,8 @@ def _drawing(model: Model, task: Task, batch: dict[str, torch.Tensor]) -> Callab
     return lambda: model.finish(model.follow(moved, route.kinds, None))
 
 
-def steps() -> dict[str, int]:
-    """Predicted kernels of a step at batch 1 of the models that are measured."""
+def steps() -> dict[str, dict[str, int]]:
+    """Predicted kernels of a step at batch 1 of the models that are measured, and ours in a row."""
     found = {}
     for name, guided in (("paper", False), ("paper", True), ("digits", True)):
         net = MODELS[name]().eval()
@@ -102,7 +102,8 @@ def steps() -> dict[str, int]:
             label = torch.empty(1, dtype=torch.int64, device=nodes.DEVICE)
             args = (x, one, label, one) if guided else (x, one)
             got = nodes.predicted(lambda net=net, args=args: net(*args))
-        found[f"{name}/{'guided' if guided else 'unguided'}"] = got.total
+        counts = {"total": got.total, "chained": got.chained}
+        found[f"{name}/{'guided' if guided else 'unguided'}"] = counts
     return found
 
 

@@ -53,7 +53,9 @@ def test_fused_kernels_make_fewer_nodes(found):
 
     assert total("triton/fp32") < 0.7 * total("reference/fp32")
     steps = found["steps"]
-    assert steps["paper/unguided"] < steps["paper/guided"] <= 220
+    assert steps["paper/unguided"]["total"] < steps["paper/guided"]["total"] <= 220
+    # what an early launch can do anything for (bench/NOTES.md)
+    assert steps["paper/guided"]["chained"] == 62
 
 
 def test_networks_and_trainings_stay_on_the_device(found):

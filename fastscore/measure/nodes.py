@@ -9,6 +9,7 @@ or to the host, operands on different devices.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,19 +36,30 @@ _NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "device", "sym_
 
 @dataclass
 class Launches:
-    """Kernels by name, in order of their number, and transfers between host and device.
+    """Names of kernels one after the other, and transfers between host and device.
 
     ``made`` are the launches of our own kernels as `launch.record` has them, where predicted.
     """
 
-    kernels: Counter[str] = field(default_factory=Counter)
+    names: list[str] = field(default_factory=list)
     transfers: list[str] = field(default_factory=list)
     made: list[Any] = field(default_factory=list)
 
     @property
     def total(self) -> int:
         """Nodes of a graph of the call."""
-        return self.kernels.total()
+        return len(self.names)
+
+    @property
+    def kernels(self) -> Counter[str]:
+        """How often each kernel is launched."""
+        return Counter(self.names)
+
+    @property
+    def chained(self) -> int:
+        """Our own kernels that follow another of ours, where predicted."""
+        ours = {one.kernel.fn.__name__ for one in self.made}
+        return sum(a in ours and b in ours for a, b in itertools.pairwise(self.names))
 
 
 @contextlib.contextmanager
@@ -111,9 +123,9 @@ class _Census(TorchDispatchMode):
         self._note_transfer(name, args, kwargs, result)
         if name in _NOTHING or _is_view(op) or not _on_device(result):
             return result
-        self.launches.kernels[name] += _KERNELS.get(name, 1)
+        self.launches.names += [name] * _KERNELS.get(name, 1)
         if name == "convolution" and args[2] is not None:
-            self.launches.kernels["convolution's bias"] += 1
+            self.launches.names.append("convolution's bias")
         return result
 
     def _note_launches(self, start: Callable, args: tuple) -> None:
@@ -122,7 +134,7 @@ class _Census(TorchDispatchMode):
         # what it does in PyTorch beside its launches (copies of layouts) is noted as well
         with record(self._device or DEVICES[self._arch]) as launches, self:
             start(*args)
-        self.launches.kernels.update(one.kernel.fn.__name__ for one in launches)
+        self.launches.names += [one.kernel.fn.__name__ for one in launches]
         self.launches.made += launches
 
     def _note_transfer(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
@@ -164,7 +176,7 @@ def seen(run: Callable[[], Any], device: torch.device) -> Launches:
         if event.name.startswith("Memcpy") and "DtoD" not in event.name:
             launches.transfers.append(event.name)
         else:
-            launches.kernels[event.name] += 1
+            launches.names.append(event.name)
     return launches
 
 
